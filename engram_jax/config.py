@@ -63,15 +63,19 @@ class EngramConfig:
     def __post_init__(self):
         _check_literals(self)
         ids, n = self.engram_layer_ids, self.engram_max_ngram_size
-        require(list(ids) == sorted(set(ids)) and all(i >= 0 for i in ids),
-                f"engram_layer_ids={ids} must be ascending, distinct and zero-based.")
+        require(
+            list(ids) == sorted(set(ids)) and all(i >= 0 for i in ids),
+            f"engram_layer_ids={ids} must be ascending, distinct and zero-based.",
+        )
         require(n >= 2, f"engram_max_ngram_size={n} must be at least 2.")
         for name in ("engram_n_heads", "engram_head_dim"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
         sizes = self.engram_vocab_size
         if isinstance(sizes, tuple):
-            require(len(sizes) == n - 1,
-                    f"engram_vocab_size={sizes} has {len(sizes)} entries; orders 2..{n} need {n - 1} (or one number).")
+            require(
+                len(sizes) == n - 1,
+                f"engram_vocab_size={sizes} has {len(sizes)} entries; orders 2..{n} need {n - 1} (or one number).",
+            )
         require(all(s >= 2 for s in self.vocab_size_per_order), f"engram_vocab_size={sizes} must be at least 2.")
         require(self.engram_kernel_size >= 0, f"engram_kernel_size={self.engram_kernel_size} must be 0 or positive.")
 
@@ -113,9 +117,11 @@ class AttentionConfig:
     def __post_init__(self):
         _check_literals(self)
         require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim={self.qk_rope_head_dim} must be even.")
-        require(self.kind == "mla" or self.num_attention_heads % self.num_key_value_heads == 0,
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}.")
+        require(
+            self.kind == "mla" or self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+            f"num_key_value_heads={self.num_key_value_heads}.",
+        )
 
     @property
     def qk_head_dim(self) -> int:
@@ -146,9 +152,11 @@ class MoEConfig:
     def __post_init__(self):
         _check_literals(self)
         if self.n_routed_experts:
-            require(0 < self.num_experts_per_tok <= self.n_routed_experts,
-                    f"num_experts_per_tok={self.num_experts_per_tok} must lie in "
-                    f"1..n_routed_experts={self.n_routed_experts}.")
+            require(
+                0 < self.num_experts_per_tok <= self.n_routed_experts,
+                f"num_experts_per_tok={self.num_experts_per_tok} must lie in "
+                f"1..n_routed_experts={self.n_routed_experts}.",
+            )
 
     @property
     def enabled(self) -> bool:
@@ -187,11 +195,15 @@ class ModelConfig:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "hc_mult"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
         last = max(self.engram.engram_layer_ids, default=-1)
-        require(last < self.num_hidden_layers,
-                f"engram_layer_ids={self.engram.engram_layer_ids} names block {last}, but there are only "
-                f"num_hidden_layers={self.num_hidden_layers} (ids are zero-based).")
-        require(not self.engram.enabled or 0 <= self.engram.engram_pad_token_id < self.vocab_size,
-                f"engram_pad_token_id={self.engram.engram_pad_token_id} is not below vocab_size={self.vocab_size}.")
+        require(
+            last < self.num_hidden_layers,
+            f"engram_layer_ids={self.engram.engram_layer_ids} names block {last}, but there are only "
+            f"num_hidden_layers={self.num_hidden_layers} (ids are zero-based).",
+        )
+        require(
+            not self.engram.enabled or 0 <= self.engram.engram_pad_token_id < self.vocab_size,
+            f"engram_pad_token_id={self.engram.engram_pad_token_id} is not below vocab_size={self.vocab_size}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -251,12 +263,18 @@ class OptimizerConfig:
     def __post_init__(self):
         _check_literals(self)
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive.")
-        require(len(self.decay_at) == len(self.decay_to),
-                f"decay_at={self.decay_at} and decay_to={self.decay_to} must have the same length.")
-        require(list(self.decay_at) == sorted(self.decay_at) and all(0 < f < 1 for f in self.decay_at),
-                f"decay_at={self.decay_at} must ascend within (0, 1).")
-        require(0 <= self.adam_b1 < self.adam_b2**0.5 < 1,
-                f"adam_b1={self.adam_b1}, adam_b2={self.adam_b2}: catch-up Adam needs 0 <= b1 < sqrt(b2) < 1.")
+        require(
+            len(self.decay_at) == len(self.decay_to),
+            f"decay_at={self.decay_at} and decay_to={self.decay_to} must have the same length.",
+        )
+        require(
+            list(self.decay_at) == sorted(self.decay_at) and all(0 < f < 1 for f in self.decay_at),
+            f"decay_at={self.decay_at} must ascend within (0, 1).",
+        )
+        require(
+            0 <= self.adam_b1 < self.adam_b2**0.5 < 1,
+            f"adam_b1={self.adam_b1}, adam_b2={self.adam_b2}: catch-up Adam needs 0 <= b1 < sqrt(b2) < 1.",
+        )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The mesh is explicit (`jax.sharding.AxisType.Explicit`): an array's sharding is part of its type, a contraction whose
 result would be ambiguous raises, and layers say `out_sharding=spec(...)` there. Axes of size 1 are kept, so no code
-asks whether an axis exists. Outside any mesh (a notebook cell, a unit test) `spec` returns None and everything still runs.
+asks whether an axis exists. Outside any mesh (a notebook cell, a unit test) `spec` is None and everything still runs.
 """
 
 from __future__ import annotations
