@@ -54,6 +54,8 @@ class EngramConfig:
     """Canonical ids after tokenizer compression. 0: take it from the tokenizer; otherwise it must match."""
     engram_kernel_size: int = 4
     """Taps of the short causal convolution, dilated by the largest order. 0: none."""
+    engram_conv_norm_eps: float = 1e-20
+    """Epsilon of the norm before the convolution (the demo: 1e-5). The gate's norms use the model's rms_norm_eps."""
     engram_seed: int = 0
     engram_cross_documents: bool = False
     """True restores the published demo's behaviour: windows run across document boundaries in packed rows."""
@@ -187,8 +189,8 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, every block, or all but the matrix products."""
     attend_across_documents: bool = False
     """True: attention in a packed row does not stop at document boundaries."""
-    loss_chunk_tokens: int = 0
-    """Compute logits and loss for this many tokens at a time (0: all at once), to bound the logits' memory."""
+    loss_chunk_len: int = 0
+    """Positions of each sequence whose logits exist at a time (0: all), to bound the memory of the logits."""
 
     def __post_init__(self):
         _check_literals(self)

@@ -1,0 +1,3 @@
+"""What was run, as code. Importing the package registers every run; the library itself never imports it."""
+
+from experiments import runs as runs

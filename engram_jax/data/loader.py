@@ -1,0 +1,185 @@
+"""Batches of windows: shuffled, split over processes, assembled ahead of time, and resumable at any step.
+
+A batch is a pure function of (seed, step, process), so the whole state of the stream is one integer. The global batch
+of step s is windows [s*B, s*B + B) of grain's endless shuffle; process p of n gets the p-th of n equal parts, so the
+parts put together in process order are the same global batch for every n.
+
+Legend: B global batch size, b = B / processes, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+from absl import flags
+
+from engram_jax.config import DataConfig, require
+from engram_jax.data.corpora import open_corpus
+from engram_jax.data.packing import WindowSource, tokenise_corpus
+from engram_jax.data.tokenizer import Tokenizer, tokenizer_for
+
+Batch = dict[str, np.ndarray]
+# One thread assembles tens of millions of tokens per second; more of them only contend.
+READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Everything a run reads."""
+
+    tokenizer: Tokenizer
+    train: WindowSource
+    validation: WindowSource
+    corpus_sha256: str
+    """Of the documents' contents; every process of a run must have the same."""
+
+
+def load_data(
+    config: DataConfig,
+    vocab_size: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    log: Callable[[str], None] = print,
+) -> TextData:
+    """Opens the corpus, trains or loads the tokenizer, tokenises: all cached, so only the first run takes its time.
+
+    Every process calls it; those that share a file system build the cache once. Process 0 reports through `log`.
+
+    Raises:
+      ConfigError: anything wrong with the corpus, the tokenizer, the cache or the batch size.
+    """
+    log = log if process_index == 0 else _silent
+    _check_batch_size(config.batch_size, process_count)
+    corpus = open_corpus(config)
+    tokenizer = tokenizer_for(config, vocab_size, corpus, log)
+    tokenised = tokenise_corpus(config, corpus, tokenizer, log)
+    train = WindowSource(tokenised.train, config.seq_len, tokenizer.pad_id, keep_partial=False)
+    validation = WindowSource(tokenised.validation, config.seq_len, tokenizer.pad_id, keep_partial=True)
+    _check_enough_windows(train, config.batch_size)
+    for name, stream in (("training", tokenised.train), ("validation", tokenised.validation)):
+        log(
+            f"Corpus {config.corpus}, {name}: {stream.num_documents:,} documents, {stream.num_tokens:,} tokens, "
+            f"{stream.num_bytes / max(stream.num_tokens, 1):.2f} bytes per token."
+        )
+    return TextData(tokenizer, train, validation, tokenised.sha256)
+
+
+class Batches:
+    """An endless iterator of training batches: dicts of int32 [b, T] arrays (see WindowSource).
+
+    `get_state()` is a JSON-able dict that stands for the next batch; it holds for any process count and worker count.
+    Use it as a context manager, or `close()` it: it owns threads or worker processes.
+    """
+
+    def __init__(self, batches: grain.MapDataset, worker_count: int, start_step: int):
+        self._batches = batches
+        self._worker_count = worker_count
+        self._iterator: grain.DatasetIterator | None = None
+        self._step = start_step
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.close()
+        self._step = int(state["next_step"])
+
+    def close(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _start(self) -> grain.DatasetIterator:
+        # Batching comes before the workers, so their number cannot change the stream; starting at a slice instead of
+        # restoring grain's own state, which records the number of workers, keeps it free across a resume.
+        ahead = self._batches[self._step :].to_iter_dataset(READ_OPTIONS)
+        if self._worker_count:
+            # grain reads its absl flags in the workers' parent; outside absl's app.run nobody has parsed them.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._worker_count))
+        return iter(ahead)
+
+
+def train_batches(
+    source: WindowSource,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    worker_count: int = 0,
+    start_step: int = 0,
+) -> Batches:
+    """Batches of shuffled windows without end, every window once per epoch; each epoch has its own order.
+
+    Args:
+      batch_size: B, over all processes; this process gets rows [process_index * b, process_index * b + b).
+      worker_count: grain worker processes that assemble batches; 0: a thread of this one.
+
+    Raises:
+      ConfigError: B is not a multiple of process_count or exceeds the number of windows, or the seed is negative.
+    """
+    _check_batch_size(batch_size, process_count)
+    _check_enough_windows(source, batch_size)
+    require(0 <= seed < 1 << 32, f"data.seed={seed} must lie in 0..2^32-1.")
+    windows = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
+    parts = windows.batch(batch_size // process_count)
+    return Batches(parts[process_index::process_count], worker_count, start_step)
+
+
+def eval_batches(
+    source: WindowSource, batch_size: int, max_batches: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Windows in order, once, at most `max_batches` batches (0: all); the last one is filled up with padding rows.
+
+    All processes get the same number of batches, split as in `train_batches`.
+
+    Raises:
+      ConfigError: batch_size is not a multiple of process_count.
+    """
+    _check_batch_size(batch_size, process_count)
+    rows = batch_size // process_count
+    num_batches = -(-len(source) // batch_size)
+    for step in range(min(num_batches, max_batches or num_batches)):
+        begin = step * batch_size + process_index * rows
+        windows = [source[i] if i < len(source) else source.padding() for i in range(begin, begin + rows)]
+        yield {name: np.stack([window[name] for window in windows]) for name in windows[0]}
+
+
+def _check_batch_size(batch_size: int, process_count: int) -> None:
+    require(
+        batch_size % process_count == 0,
+        f"data.batch_size={batch_size} must be a multiple of the {process_count} processes.",
+    )
+
+
+def _check_enough_windows(source: WindowSource, batch_size: int) -> None:
+    require(
+        len(source) >= batch_size,
+        f"data.batch_size={batch_size} exceeds the {len(source)} training windows of {source.seq_len} tokens that the "
+        "corpus has. Lower data.batch_size or data.seq_len, or give more text.",
+    )
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,248 @@
+"""THE READER: rows and residual streams in, an update of the streams out. It knows nothing of tables.
+
+Keys and values are projections of the rows (eq. 3); each stream's gate is the match between its state and its key
+(eqs. 4, 6); the gated value passes a short causal convolution (eq. 5).
+
+Legend: B batch, T seq, H rows per token, D hidden size, M residual streams, E memory width (H * head_dim), K taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from engram_jax.config import ModelConfig
+from engram_jax.sharding import spec
+
+GATE_FLOOR = 1e-6  # below this the published square root is flat, which bounds its slope at 500
+
+
+def signed_sqrt(score: jax.Array) -> jax.Array:
+    """sign(s) sqrt(max(|s|, 1e-6)), and 0 at s = 0: the demo's gate, absent from eqs. 4 and 6."""
+    return jnp.sign(score) * jnp.sqrt(jnp.maximum(jnp.abs(score), GATE_FLOOR))
+
+
+def copysign_sqrt(score: jax.Array) -> jax.Array:
+    """The same with V4.1's sign: 1e-3 at s = 0."""
+    return jnp.where(score >= 0, 1.0, -1.0) * jnp.sqrt(jnp.maximum(jnp.abs(score), GATE_FLOOR))
+
+
+GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "paper": signed_sqrt,
+    "deepseek_v41": copysign_sqrt,
+    "qwen_ple": signed_sqrt,
+}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def gate_scores(x_BTMD: jax.Array, key_BTMD: jax.Array, gain_MD: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm(x) . RMSNorm(key) / sqrt(D) per stream (eq. 6), with the product of the two norms' gains: [B, T, M].
+
+    Three sums over D and no normalised copy of either operand; x and key are read once in each direction.
+    """
+    return _gate_scores_forward(x_BTMD, key_BTMD, gain_MD, eps)[0]
+
+
+def _gate_scores_forward(x_BTMD, key_BTMD, gain_MD, eps):
+    x, key, gain = _wide(x_BTMD), _wide(key_BTMD), _wide(gain_MD)[None, None]
+    width = x.shape[-1]
+    x_scale = jax.lax.rsqrt(jnp.mean(x * x, -1) + eps)
+    key_scale = jax.lax.rsqrt(jnp.mean(key * key, -1) + eps)
+    score = jnp.sum(x * key * gain, -1) * x_scale * key_scale * width**-0.5
+    return score, (x_BTMD, key_BTMD, gain_MD, x_scale, key_scale, score)
+
+
+def _gate_scores_backward(eps, residuals, d_score):
+    x_BTMD, key_BTMD, gain_MD, x_scale, key_scale, score = residuals
+    x, key, gain = _wide(x_BTMD), _wide(key_BTMD), _wide(gain_MD)[None, None]
+    width = x.shape[-1]
+    both = (d_score * x_scale * key_scale * width**-0.5)[..., None]
+    along_x = (d_score * score * x_scale**2 / width)[..., None]
+    along_key = (d_score * score * key_scale**2 / width)[..., None]
+    d_x = both * key * gain - along_x * x
+    d_key = both * x * gain - along_key * key
+    d_gain = jnp.sum(both * x * key, (0, 1))
+    return d_x.astype(x_BTMD.dtype), d_key.astype(key_BTMD.dtype), d_gain.astype(gain_MD.dtype)
+
+
+gate_scores.defvjp(_gate_scores_forward, _gate_scores_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def gated_short_conv(
+    gate_BTM: jax.Array,
+    value_BTD: jax.Array,
+    norm_gain_MD: jax.Array,
+    conv_KMD: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    dilation: int,
+    eps: float,
+) -> jax.Array:
+    """y = u + SiLU(conv(RMSNorm(u))) with u = gate * value (eq. 5), causal and depthwise: [B, T, M, D].
+
+    u of every stream is one value scaled by one number, so RMSNorm(u) = value * s with s = gate / rms(u) per token and
+    stream, and a tap reads [B, T, D] and [B, T, M] instead of [B, T, M, D]. Shifted multiply-adds, because a grouped
+    convolution over M*D channels takes 15 times as long on CPU. With `segment_ids` no tap crosses a document boundary.
+    The backward pass is written out: it keeps the inputs only, where autodiff would keep a [B, T, M, D] array per tap.
+    """
+    return _short_conv_forward(gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids_BT, dilation, eps)[0]
+
+
+def _short_conv_forward(gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids_BT, dilation, eps):
+    gate, value = _wide(gate_BTM), _wide(value_BTD)
+    _, scales_KBTM = _tap_scales(gate, value, segment_ids_BT, len(conv_KMD), dilation, eps)
+    mixed_BTMD = _mix(scales_KBTM, value, _wide(conv_KMD) * _wide(norm_gain_MD)[None], dilation)
+    y_BTMD = gate[..., None] * value[:, :, None, :] + jax.nn.silu(mixed_BTMD)
+    return y_BTMD, (gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids_BT)
+
+
+def _tap_scales(gate_BTM, value_BTD, segment_ids_BT, taps, dilation, eps):
+    """1 / rms(u), and s as each tap sees it, zero across a document boundary: [B, T, M] and K of them."""
+    inverse_rms_BTM = jax.lax.rsqrt(gate_BTM**2 * jnp.mean(value_BTD**2, -1, keepdims=True) + eps)
+    scale_BTM, scales_KBTM = gate_BTM * inverse_rms_BTM, []
+    for distance in _distances(taps, dilation):
+        tap_scale = shift(scale_BTM, distance)
+        if segment_ids_BT is not None:
+            tap_scale = tap_scale * (shift(segment_ids_BT, distance) == segment_ids_BT)[..., None]
+        scales_KBTM.append(tap_scale)
+    return inverse_rms_BTM, scales_KBTM
+
+
+def _mix(scales_KBTM, value_BTD, weight_KMD, dilation):
+    """The convolution's output before SiLU: [B, T, M, D]."""
+    mixed_BTMD = jnp.zeros((), value_BTD.dtype)
+    for scale, weight, distance in zip(scales_KBTM, weight_KMD, _distances(len(weight_KMD), dilation), strict=True):
+        mixed_BTMD = mixed_BTMD + (scale[..., None] * weight[None, None]) * shift(value_BTD, distance)[:, :, None, :]
+    return mixed_BTMD
+
+
+def _short_conv_backward(dilation, eps, residuals, d_y_BTMD):
+    gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids_BT = residuals
+    gate, value, d_y = _wide(gate_BTM), _wide(value_BTD), _wide(d_y_BTMD)
+    norm_gain, conv = _wide(norm_gain_MD), _wide(conv_KMD)
+    taps, weight_KMD = len(conv), conv * norm_gain[None]
+    inverse_rms, scales = _tap_scales(gate, value, segment_ids_BT, taps, dilation, eps)
+    mixed = _mix(scales, value, weight_KMD, dilation)
+    sigmoid = jax.nn.sigmoid(mixed)
+    d_mixed = d_y * sigmoid * (1 + mixed * (1 - sigmoid))
+    d_value = jnp.sum(gate[..., None] * d_y, 2)
+    d_gate = jnp.sum(d_y * value[:, :, None, :], -1)
+    d_scale, d_weight = jnp.zeros((), gate.dtype), []
+    for tap, distance in enumerate(_distances(taps, dilation)):
+        value_tap, scale_tap = shift(value, distance), scales[tap]
+        d_weight.append(jnp.sum(d_mixed * scale_tap[..., None] * value_tap[:, :, None, :], (0, 1)))
+        weighted = d_mixed * weight_KMD[tap][None, None]
+        d_value = d_value + unshift(jnp.sum(weighted * scale_tap[..., None], 2), distance)
+        d_scale_tap = jnp.sum(weighted * value_tap[:, :, None, :], -1)
+        if segment_ids_BT is not None:
+            d_scale_tap = d_scale_tap * (shift(segment_ids_BT, distance) == segment_ids_BT)[..., None]
+        d_scale = d_scale + unshift(d_scale_tap, distance)
+    # s = gate (gate^2 q + eps)^(-1/2) with q the mean square of the value.
+    d_gate = d_gate + d_scale * eps * inverse_rms**3
+    d_mean_square = jnp.sum(-0.5 * d_scale * (gate * inverse_rms) ** 3, -1, keepdims=True)
+    d_value = d_value + d_mean_square * value * (2 / value.shape[-1])
+    d_weight_KMD = jnp.stack(d_weight)
+    return (
+        d_gate.astype(gate_BTM.dtype),
+        d_value.astype(value_BTD.dtype),
+        jnp.sum(d_weight_KMD * conv, 0).astype(norm_gain_MD.dtype),
+        (d_weight_KMD * norm_gain[None]).astype(conv_KMD.dtype),
+        None,
+    )
+
+
+gated_short_conv.defvjp(_short_conv_forward, _short_conv_backward)
+
+
+def _distances(taps: int, dilation: int) -> list[int]:
+    """How far back each tap looks; the last one is the present."""
+    return [(taps - 1 - tap) * dilation for tap in range(taps)]
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def shift(x_BT: jax.Array, distance: int) -> jax.Array:
+    """x moved `distance` positions later along dim 1, zeros moving in."""
+    length = x_BT.shape[1]
+    return jnp.pad(x_BT[:, : max(length - distance, 0)], _along_seq(x_BT, min(distance, length), 0))
+
+
+def unshift(x_BT: jax.Array, distance: int) -> jax.Array:
+    """The transpose of `shift`: earlier, zeros moving in at the end."""
+    length = x_BT.shape[1]
+    return jnp.pad(x_BT[:, distance:], _along_seq(x_BT, 0, min(distance, length)))
+
+
+def _along_seq(x_BT: jax.Array, before: int, after: int) -> list[tuple[int, int]]:
+    return [(0, 0), (before, after)] + [(0, 0)] * (x_BT.ndim - 2)
+
+
+class EngramReader(nnx.Module):
+    """One Engram layer of the paper: `y = reader(x_BTMD, rows_BTHd, segment_ids_BT)`, to be added to the streams.
+
+    Zero rows give exactly zero output (without `engram_bias`). The convolution starts at zero, so that the reader
+    starts as the gated value alone (paper, section 2.4).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        engram = config.engram
+        E, M, D = engram.memory_dim, config.hc_mult, config.hidden_size
+        self.config, self.kernel_size, self.has_bias = config, engram.engram_kernel_size, engram.engram_bias
+        normal, ones, zeros = jax.nn.initializers.normal, jax.nn.initializers.ones, jax.nn.initializers.zeros
+        gain_dims = spec("streams", "norm")
+        # M keys, then the one value all streams share.
+        self.key_value_emd = nnx.Param(
+            normal(config.initializer_range)(
+                rngs.params(), (E, M + 1, D), jnp.float32, out_sharding=spec("memory", "streams", "embed")
+            )
+        )
+        if self.has_bias:
+            self.key_value_bias_md = nnx.Param(zeros(rngs.params(), (M + 1, D), jnp.float32, out_sharding=gain_dims))
+        self.query_norm = nnx.Param(ones(rngs.params(), (M, D), jnp.float32, out_sharding=gain_dims))
+        self.key_norm = nnx.Param(ones(rngs.params(), (M, D), jnp.float32, out_sharding=gain_dims))
+        if self.kernel_size:
+            self.conv_norm = nnx.Param(ones(rngs.params(), (M, D), jnp.float32, out_sharding=gain_dims))
+            self.conv_kmd = nnx.Param(
+                zeros(rngs.params(), (self.kernel_size, M, D), jnp.float32, out_sharding=spec(None, "streams", "norm"))
+            )
+
+    def __call__(self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        update_BTMD, _ = self.read(x_BTMD, rows_BTHd, segment_ids_BT)
+        return update_BTMD
+
+    def read(
+        self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The update of the streams and the gates [B, T, M] that made it."""
+        engram, eps, dtype = self.config.engram, self.config.rms_norm_eps, x_BTMD.dtype
+        memory_BTE = rows_BTHd.reshape(*rows_BTHd.shape[:2], -1).astype(dtype)
+        keys_value_BTMD = jnp.einsum(
+            "bte,emd->btmd",
+            memory_BTE,
+            self.key_value_emd[...].astype(dtype),
+            out_sharding=spec("batch", "seq", "streams", "act"),
+        )
+        if self.has_bias:
+            keys_value_BTMD = keys_value_BTMD + self.key_value_bias_md[...].astype(dtype)[None, None]
+        keys_BTMD, value_BTD = keys_value_BTMD[:, :, :-1], keys_value_BTMD[:, :, -1]
+        gain_MD = self.query_norm[...] * self.key_norm[...]
+        scores_BTM = gate_scores(x_BTMD, keys_BTMD, gain_MD, eps)
+        gate_BTM = jax.nn.sigmoid(GATES[engram.engram_variant](scores_BTM))
+        if not self.kernel_size:
+            return (gate_BTM[..., None] * value_BTD[:, :, None, :]).astype(dtype), gate_BTM
+        update_BTMD = gated_short_conv(
+            gate_BTM,
+            value_BTD,
+            self.conv_norm[...],
+            self.conv_kmd[...],
+            None if engram.engram_cross_documents else segment_ids_BT,
+            engram.engram_max_ngram_size,
+            engram.engram_conv_norm_eps,
+        )
+        return update_BTMD.astype(dtype), gate_BTM

@@ -1,0 +1,217 @@
+"""The backbone, a pure function of (params, tokens, rows): embed -> blocks, cut at the Engram layers -> logits, loss.
+
+Blocks of one kind between two cuts are stacked (one leading layer dim) and scanned. A block's initialisation depends on
+its own index and the seed only, so models that differ in Engram layers, or in where the cuts fall, share it bit for bit.
+
+Legend: B batch, T seq, D hidden size, M residual streams, V vocabulary, L layers of a stack.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from engram_jax.config import ModelConfig
+from engram_jax.layers.attention import make_attention
+from engram_jax.layers.engram import EngramReader
+from engram_jax.layers.ffn import FFN
+from engram_jax.layers.hyper_connections import HyperConnection, read_streams, write_streams
+from engram_jax.layers.moe import Buffer, MoE, MoEStats, updated_bias
+from engram_jax.layers.norm import RMSNorm
+from engram_jax.sharding import spec
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+NO_LOSS = -1  # a target that is not scored
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive blocks of one kind, run as one scan."""
+
+    start: int
+    stop: int
+    is_moe: bool
+    reads_memory: bool
+    """An Engram layer stands before the first block."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.start:02d}-{self.stop - 1:02d}"
+
+
+def segments(config: ModelConfig) -> list[Segment]:
+    """The blocks cut at Engram layers and where dense blocks give way to MoE blocks."""
+    first_moe = config.moe.first_k_dense_replace if config.moe.enabled else config.num_hidden_layers
+    cuts = {0, config.num_hidden_layers, min(first_moe, config.num_hidden_layers), *config.engram.engram_layer_ids}
+    bounds = sorted(cuts)
+    return [
+        Segment(start, stop, start >= first_moe, start in config.engram.engram_layer_ids)
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def named_key(key: jax.Array, name: str) -> jax.Array:
+    """A key that depends on the name alone, so adding a part to the model leaves the others' initialisation as it was."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+class Block(nnx.Module):
+    """Attention, then a feed-forward layer, each pre-normed and wrapped in its hyper-connection."""
+
+    def __init__(self, config: ModelConfig, is_moe: bool, *, rngs: nnx.Rngs):
+        D = config.hidden_size
+        self.streams = config.hc_mult
+        self.attn_norm, self.ffn_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
+        self.attn = make_attention(config, rngs=rngs)
+        self.ffn = MoE(config, rngs=rngs) if is_moe else FFN.of_width(config, config.intermediate_size, rngs=rngs)
+        if self.streams > 1:
+            self.attn_hc = HyperConnection.of(config, rngs=rngs)
+            self.ffn_hc = HyperConnection.of(config, rngs=rngs)
+
+    def __call__(
+        self, x_BTMD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None
+    ) -> tuple[jax.Array, MoEStats | None]:
+        def attention(h_BTD):
+            return self.attn(self.attn_norm(h_BTD), positions_BT, segment_ids_BT), None
+
+        def feed_forward(h_BTD):
+            h_BTD = self.ffn_norm(h_BTD)
+            return self.ffn(h_BTD, segment_ids_BT) if isinstance(self.ffn, MoE) else (self.ffn(h_BTD), None)
+
+        with jax.named_scope("attention"):
+            x_BTMD, _ = self._residual(x_BTMD, self.attn_hc if self.streams > 1 else None, attention)
+        with jax.named_scope("ffn"):
+            return self._residual(x_BTMD, self.ffn_hc if self.streams > 1 else None, feed_forward)
+
+    @staticmethod
+    def _residual(x_BTMD: jax.Array, hc: HyperConnection | None, sublayer):
+        if hc is None:
+            y_BTD, stats = sublayer(x_BTMD[:, :, 0])
+            return x_BTMD + y_BTD[:, :, None], stats
+        pre_BTM, post_BTM, res_BTMM = hc.coefficients(x_BTMD)
+        y_BTD, stats = sublayer(read_streams(x_BTMD, pre_BTM))
+        return write_streams(x_BTMD, y_BTD, post_BTM, res_BTMM), stats
+
+
+class Model(nnx.Module):
+    """A language model with or without memory.
+
+    `rows` maps `str(layer_id)` to [batch, seq, heads, head_dim]; without it (or with zero rows) the Engram layers add
+    nothing.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        V, D = config.vocab_size, config.hidden_size
+        self.config = config
+        normal = jax.nn.initializers.normal(config.initializer_range)
+        self.embedding_vd = nnx.Param(
+            normal(named_key(key, "embedding"), (V, D), jnp.float32, out_sharding=spec("vocab", "embed"))
+        )
+        stacks = {}
+        for segment in segments(config):
+            layer_keys = jnp.stack([named_key(key, f"block {i}") for i in range(segment.start, segment.stop)])
+            stacks[segment.name] = jax.vmap(lambda k, moe=segment.is_moe: Block(config, moe, rngs=nnx.Rngs(k)))(
+                layer_keys
+            )
+        self.blocks = nnx.Dict(stacks)
+        self.engram = nnx.Dict(
+            {
+                str(i): EngramReader(config, rngs=nnx.Rngs(named_key(key, f"engram {i}")))
+                for i in config.engram.engram_layer_ids
+            }
+        )
+        self.final_norm = RMSNorm(D, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.head_dv = nnx.Param(
+                normal(named_key(key, "head"), (D, V), jnp.float32, out_sharding=spec("embed", "vocab"))
+            )
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        rows: Mapping[str, jax.Array] | None = None,
+        segment_ids_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, MoEStats]]:
+        """Final normed states [B, T, D] in `config.dtype`, and each MoE stack's statistics (leading dim L)."""
+        config = self.config
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
+        attend_ids_BT = None if config.attend_across_documents else segment_ids_BT
+        activations = spec("batch", "seq", "act")
+        x_BTD = self.embedding_vd[...].at[tokens_BT].get(out_sharding=activations).astype(config.dtype)
+        # The embedding enters every stream alike, and their mean leaves.
+        x_BTMD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], config.hc_mult, x_BTD.shape[-1]))
+        stats = {}
+        for segment in segments(config):
+            if segment.reads_memory and rows is not None:
+                with jax.named_scope("engram"):
+                    layer = str(segment.start)
+                    x_BTMD = x_BTMD + self.engram[layer](x_BTMD, rows[layer], segment_ids_BT)
+
+            def run_block(x, block):
+                return block(x, positions_BT, attend_ids_BT)
+
+            if config.remat != "none":
+                run_block = jax.checkpoint(run_block, policy=REMAT_POLICIES[config.remat])
+            x_BTMD, stack_stats = jax.lax.scan(run_block, x_BTMD, self.blocks[segment.name])
+            if segment.is_moe:
+                stats[segment.name] = stack_stats
+        return self.final_norm(jnp.mean(x_BTMD, axis=2)), stats
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """float32 logits [B, T, V]."""
+        head_dv = self.embedding_vd[...].T if self.config.tie_word_embeddings else self.head_dv[...]
+        return jnp.einsum(
+            "btd,dv->btv",
+            hidden_BTD,
+            head_dv.astype(hidden_BTD.dtype),
+            out_sharding=spec("batch", "seq", "act"),
+            preferred_element_type=jnp.promote_types(hidden_BTD.dtype, jnp.float32),
+        )
+
+    def token_losses(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        """Cross-entropy in nats at each position, 0 where the target is `NO_LOSS`: [B, T].
+
+        Logits exist for `loss_chunk_len` positions of each sequence at a time and are recomputed in the backward pass.
+        """
+
+        def losses(hidden_BCD, targets_BC):
+            logits_BCV = self.logits(hidden_BCD)
+            is_target_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])[None, None]
+            target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), -1)
+            nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC
+            return jnp.where(targets_BC == NO_LOSS, 0, nll_BC)
+
+        chunk, length = self.config.loss_chunk_len, targets_BT.shape[1]
+        if not chunk or chunk >= length:
+            return losses(hidden_BTD, targets_BT)
+        parts = [
+            jax.checkpoint(losses)(hidden_BTD[:, i : i + chunk], targets_BT[:, i : i + chunk])
+            for i in range(0, length, chunk)
+        ]
+        return jnp.concatenate(parts, axis=1)
+
+
+def updated_buffers(buffers: dict, stats: Mapping[str, MoEStats], config: ModelConfig) -> dict:
+    """The balancing biases after a step with these expert loads (paper: loss-free balancing)."""
+    blocks = dict(buffers.get("blocks", {}))
+    for name, stack in stats.items():
+        bias_LE = blocks[name]["ffn"]["balance_bias"]
+        bias_LE = jax.vmap(updated_bias, in_axes=(0, 0, None))(bias_LE, stack.load_E, config.moe.bias_update_speed)
+        blocks[name] = {"ffn": {"balance_bias": bias_LE}}
+    return buffers | {"blocks": blocks} if blocks else buffers
+
+
+def split(model: Model) -> tuple[nnx.GraphDef, dict, dict]:
+    """(structure, params, buffers) with params and buffers as plain nested dicts; `nnx.merge` puts them together."""
+    graphdef, params, buffers = nnx.split(model, nnx.Param, Buffer)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(buffers)

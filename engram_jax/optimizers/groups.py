@@ -1,0 +1,66 @@
+"""Which optimizer moves which parameter: Muon the matrices, AdamW the rest, by leaf name (roles.py).
+
+The tables are not here: their rows have an optimizer of their own in the memory store. Neither is clipping, because its
+norm includes the row gradients.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import jax
+import optax
+
+from engram_jax.config import OptimizerConfig
+from engram_jax.optimizers.muon import scale_by_muon
+from engram_jax.optimizers.roles import ROLES, Role
+
+
+def parameter_roles(params: Any) -> Any:
+    """Tree of `Role` shaped like `params`.
+
+    Raises:
+      ValueError: a leaf whose name is not in the table, by its path and the nearest known name.
+    """
+
+    def role(path: tuple[Any, ...], _: Any) -> Role:
+        # A flax Variable is a node of its own, so the name may stand one above the leaf.
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        name = names[-1] if names else ""
+        if name not in ROLES:
+            near = difflib.get_close_matches(str(name), ROLES, n=1)
+            hint = f" (nearest: {near[0]})" if near else ""
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"parameter {where} has no role: add {name!r} to engram_jax/optimizers/roles.py{hint}.")
+        return ROLES[name]
+
+    return jax.tree_util.tree_map_with_path(role, params)
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, params: Any
+) -> optax.GradientTransformationExtraArgs:
+    """The backbone's optimizer for parameters like `params` (arrays or shapes, nested dicts by leaf name).
+
+    Raises:
+      ValueError: a parameter that roles.py does not name.
+    """
+    roles = parameter_roles(params)
+
+    def adamw(weight_decay: float) -> optax.GradientTransformation:
+        return optax.adamw(schedule, config.adam_b1, config.adam_b2, config.adam_eps, weight_decay=weight_decay)
+
+    matrix = adamw(config.weight_decay)
+    if config.matrix_optimizer == "muon":
+        # partition hands a group its own leaves and MaskedNode for the others.
+        matrix_roles = jax.tree.map(lambda role: role if role.kind == "matrix" else optax.MaskedNode(), roles)
+        matrix = optax.chain(
+            scale_by_muon(config.muon_momentum, config.muon_update_rms, matrix_roles),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
+    return optax.partition(
+        {"matrix": matrix, "embedding": adamw(config.weight_decay), "vector": adamw(0.0)},
+        jax.tree.map(lambda role: role.kind, roles),
+    )

@@ -1,0 +1,96 @@
+"""From a RunConfig and a tokenizer to the parts of a run: store, model structure, optimizer, initial state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from engram_jax.config import ConfigError, RunConfig, replace, require
+from engram_jax.memory.compression import TokenMap
+from engram_jax.memory.hashing import VARIANTS
+from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
+from engram_jax.memory.store import MemoryStore
+from engram_jax.model import Model, named_key, split
+from engram_jax.optimizers.groups import make_optimizer
+from engram_jax.optimizers.schedules import learning_rate, learning_rates
+from engram_jax.sharding import make_mesh, spec
+from engram_jax.training.state import TrainState
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The static half of a run. `config` is the resolved one: nothing in it is left to be found out."""
+
+    config: RunConfig
+    mesh: Mesh
+    store: MemoryStore
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+
+    def model(self, params: dict, buffers: dict) -> Model:
+        return nnx.merge(self.graphdef, params, buffers)
+
+    def init_state(self) -> TrainState:
+        """A new run's state, made sharded. Call under `jax.set_mesh(parts.mesh)`."""
+        return jax.jit(self._init)()
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state, for restoring. Call under `jax.set_mesh(parts.mesh)`."""
+        return jax.eval_shape(self._init)
+
+    def _init(self) -> TrainState:
+        key = jax.random.key(self.config.train.seed)
+        _, params, buffers = split(Model(self.config.model, named_key(key, "model")))
+        memory = self.store.init(named_key(key, "memory"))
+        step = jnp.zeros((), jnp.int32, out_sharding=spec())
+        return TrainState(step, params, buffers, self.optimizer.init(params), memory)
+
+
+def assemble(config: RunConfig, tokenizer: Tokenizer, devices: list[jax.Device] | None = None) -> Parts:
+    """Checks a run against its tokenizer and the devices, and builds its parts; no array is made yet.
+
+    Raises:
+      ConfigError: the tokenizer does not fit the config, or the mesh does not fit the devices or the batch.
+    """
+    mesh = _mesh(config, devices)
+    engram = config.model.engram
+    if engram.enabled and VARIANTS[engram.engram_variant].compresses_ids:
+        token_map = TokenMap.from_tokenizer(tokenizer)
+    else:
+        token_map = TokenMap.identity(config.model.vocab_size)
+    if engram.enabled:
+        token_map.check(engram, config.model.vocab_size)
+        config = replace(config, model__engram__engram_compressed_vocab_size=token_map.size)
+        engram = config.model.engram
+    optimizer = config.optimizer
+    rates = optimizer.table_lr_multiplier * learning_rates(optimizer, config.train.steps)
+    rows = ROW_OPTIMIZERS[optimizer.table_optimizer](rates, optimizer.adam_b1, optimizer.adam_b2, optimizer.adam_eps)
+    store = MemoryStore.create(engram, token_map, rows, config.model.initializer_range)
+    schedule = learning_rate(optimizer, config.train.steps)
+    with jax.set_mesh(mesh):
+        abstract = nnx.eval_shape(lambda: Model(config.model, jax.random.key(0)))
+        graphdef, params, _ = split(abstract)
+    return Parts(config, mesh, store, graphdef, make_optimizer(optimizer, schedule, params), schedule)
+
+
+def _mesh(config: RunConfig, devices: list[jax.Device] | None) -> Mesh:
+    try:
+        mesh = make_mesh(config.train.mesh_data, config.train.mesh_fsdp, devices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    shards, part = mesh.size, config.data.batch_size // config.train.grad_accum
+    require(
+        part % shards == 0,
+        f"data.batch_size={config.data.batch_size} over train.grad_accum={config.train.grad_accum} leaves {part} "
+        f"sequences at a time, not a multiple of the {shards} devices: raise batch_size or use fewer devices.",
+    )
+    hidden, fsdp = config.model.hidden_size, mesh.shape["fsdp"]
+    require(hidden % fsdp == 0, f"model.hidden_size={hidden} is not a multiple of train.mesh_fsdp={fsdp}.")
+    return mesh

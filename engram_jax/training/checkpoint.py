@@ -1,0 +1,120 @@
+"""Checkpoints: written asynchronously and atomically by Orbax, restored to the newest one that is whole.
+
+One step holds `state` (the whole TrainState) and `meta` (the resolved config, the hash constants, fingerprints of
+tokenizer and corpus): all that must agree before the state means anything.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from engram_jax.config import CheckpointConfig
+from engram_jax.training.errors import RunError
+from engram_jax.training.state import TrainState
+
+UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class Checkpoints:
+    """The checkpoints of one run. Use as a context manager: leaving it waits for the last write, also on an error."""
+
+    def __init__(self, directory: Path, config: CheckpointConfig, log: Callable[[str], None] = print):
+        self.directory, self.log = directory.absolute(), log
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in sorted(self.directory.glob(f"*{UNFINISHED}*")):
+            log(f"Checkpoint {leftover.name.split('.')[0]} was only half written when the run ended: skipped.")
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts writing; returns as soon as the arrays are copied.
+
+        Raises:
+          RunError: the disk has less room than the state takes, or the previous write failed.
+        """
+        if step in self._manager.all_steps():
+            return
+        self.check_room(state)
+        try:
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            )
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Blocks until everything is written; raises as `save` does."""
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def check_room(self, state: Any) -> None:
+        """Raises `RunError` if the disk cannot hold one more (uncompressed) copy of `state` (arrays or shapes)."""
+        needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise RunError(
+                f"{self.directory} has {free / 1e9:.2f} GB free and a checkpoint takes up to {needed / 1e9:.2f} GB. "
+                f"{self._last_good()} Free some space, then give the same command again."
+            )
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, abstract: TrainState, check: Callable[[dict[str, Any]], None]) -> TrainState | None:
+        """The newest state that can be read, or None. `check` sees the meta first and raises if it does not fit.
+
+        A checkpoint that cannot be read is named and skipped, and the one before it is taken.
+
+        Raises:
+          RunError: there are checkpoints, but none can be read.
+        """
+        problems = []
+        for step in reversed(self.steps):
+            try:
+                meta = self.read_meta(step)
+            except (OSError, ValueError, KeyError) as error:
+                problems.append(self._unreadable(step, error))
+                continue
+            check(meta)
+            try:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                return self._manager.restore(step, args=args)["state"]
+            except (OSError, ValueError, KeyError) as error:
+                problems.append(self._unreadable(step, error))
+        if problems:
+            raise RunError(
+                f"No checkpoint in {self.directory} can be read ({'; '.join(problems)}). "
+                "Restore the folder from a copy, or delete it to start again."
+            )
+        return None
+
+    def _unreadable(self, step: int, error: Exception) -> str:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        self.log(f"Checkpoint {step} cannot be read ({reason}): skipped.")
+        return f"{step}: {reason}"
+
+    def _failed(self, error: OSError) -> RunError:
+        return RunError(f"A checkpoint could not be written to {self.directory}: {error}. {self._last_good()}")
+
+    def _last_good(self) -> str:
+        steps = self.steps
+        return f"The last complete checkpoint is step {steps[-1]}." if steps else "There is no complete checkpoint yet."

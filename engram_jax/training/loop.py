@@ -1,0 +1,287 @@
+"""The training loop, top to bottom: data, parts, state, steps, evaluation, result."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from engram_jax.config import ConfigError, RunConfig, differences, from_dict, to_dict
+from engram_jax.data.loader import TextData, eval_batches, load_data, train_batches
+from engram_jax.evaluation.frequency import NgramCounts
+from engram_jax.evaluation.perplexity import Evaluation, evaluate
+from engram_jax.memory import hashing
+from engram_jax.sharding import spec
+from engram_jax.training.assembly import Parts, assemble
+from engram_jax.training.checkpoint import Checkpoints
+from engram_jax.training.errors import RunError
+from engram_jax.training.metrics import MetricsWriter, Progress, duration
+from engram_jax.training.state import TrainState
+from engram_jax.training.step import make_eval_step, make_train_step
+
+Log = Callable[[str], None]
+# Settings that may change when a run continues: none of them touches the numbers of the training steps.
+FREE_TO_CHANGE = (
+    "train.log_every",
+    "train.eval_",
+    "train.tensorboard",
+    "train.mesh_",
+    "checkpoint.",
+    "data.worker_count",
+    "data.cache_dir",
+    "model.remat",
+)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    state: TrainState
+    parts: Parts
+    text: TextData
+    evaluation: Evaluation | None
+    """On the held-out documents; None if the run was stopped before its last step."""
+
+
+def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
+    """Trains to `config.train.steps`, continuing from the newest checkpoint in `run_dir` if there is one.
+
+    Writes config.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, result.json.
+
+    Raises:
+      ConfigError: the settings cannot work, or differ from those the run was started with.
+      RunError: the loss or gradient is no longer finite, the disk is full, no checkpoint can be read.
+    """
+    started = time.perf_counter()
+
+    # --- data and the parts of the run ---
+    text = load_data(
+        config.data,
+        config.model.vocab_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        log=log,
+    )
+    parts = assemble(config, text.tokenizer.backend)
+    config = parts.config
+    _claim(run_dir, config, text)
+    log(
+        f"Run {config.name} in {run_dir}: {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}."
+    )
+
+    with (
+        jax.set_mesh(parts.mesh),
+        Checkpoints(run_dir / "checkpoints", config.checkpoint, log) as checkpoints,
+        _StopRequest() as stop,
+    ):
+        # --- state: restored, or new ---
+        meta = _meta(config, text, parts)
+        checkpoints.check_room(parts.abstract_state())
+        state = checkpoints.restore(parts.abstract_state(), lambda saved: _check_meta(saved, meta))
+        if state is None:
+            state = parts.init_state()
+        first_step = int(state.step)
+        if first_step:
+            log(f"Resumed at step {first_step} of {config.train.steps}.")
+
+        train_step, eval_step = make_train_step(parts), make_eval_step(parts)
+
+        def validate(max_batches: int, counts: NgramCounts | None = None) -> Evaluation:
+            batches = eval_batches(text.validation, config.data.batch_size, max_batches)
+            losses = lambda batch: eval_step(state, _to_devices(batch, parts))  # noqa: E731
+            return evaluate(losses, batches, text.tokenizer.byte_lengths(), counts)
+
+        # --- steps ---
+        tokens_per_step = config.data.batch_size * config.data.seq_len
+        progress = Progress(first_step, config.train.steps, tokens_per_step)
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        batches = train_batches(
+            text.train,
+            config.data.batch_size,
+            config.data.seed,
+            jax.process_index(),
+            jax.process_count(),
+            config.data.worker_count,
+            start_step=first_step,
+        )
+        with batches, MetricsWriter(run_dir, first_step, config.train.tensorboard) as writer:
+
+            def report(step: int, metrics: dict[str, jax.Array]) -> None:
+                """Waits for a step's numbers; called once the next step is under way."""
+                values = {name: float(value) for name, value in metrics.items()}
+                for name in ("loss", "grad_norm"):
+                    if not math.isfinite(values[name]):
+                        saved = checkpoints.steps
+                        good = f"checkpoint {saved[-1]} is the last good one" if saved else "there is no checkpoint yet"
+                        raise RunError(
+                            f"Step {step}: {name} is {values[name]}, so the run stops; {good}. "
+                            "Lower optimizer.learning_rate or optimizer.clip_norm, or lengthen optimizer.warmup_steps."
+                        )
+                if step % config.train.log_every == 0 or step in (first_step + 1, config.train.steps):
+                    rate = progress.tokens_per_second(step)
+                    writer.write(step, values | {"tokens_per_second": rate})
+                    log(progress.line(step, values, rate))
+
+            step = first_step
+            while step < config.train.steps and not stop.requested:
+                state, metrics = train_step(state, _to_devices(next(batches), parts))
+                step += 1
+                if pending is not None:
+                    report(*pending)
+                pending = (step, metrics)
+
+                is_last = step == config.train.steps
+                if _due(step, config.train.eval_every) and not is_last:
+                    report(*pending)
+                    pending, paused = None, time.perf_counter()
+                    validation = validate(config.train.eval_batches)
+                    writer.write(step, {"validation_loss": validation.loss, "bits_per_byte": validation.bits_per_byte})
+                    log(f"step {step}  validation loss {validation.loss:.4f}  {validation.bits_per_byte:.4f} bits/byte")
+                    progress.pause(time.perf_counter() - paused)
+                if _due(step, config.checkpoint.every) or is_last or stop.requested:
+                    if pending is not None:  # never save a step whose numbers nobody has looked at
+                        report(*pending)
+                        pending = None
+                    paused = time.perf_counter()
+                    checkpoints.save(step, state, meta)
+                    progress.pause(time.perf_counter() - paused)
+
+            if step < config.train.steps:
+                if step > first_step:
+                    checkpoints.save(step, state, meta)
+                checkpoints.wait()
+                log(f"Stopped at step {step}, saved. The same command continues from here.")
+                return TrainResult(state, parts, text, None)
+
+            # --- the last evaluation, on everything held out ---
+            order = max(config.model.engram.engram_max_ngram_size, 3)
+            counts = NgramCounts.of(text.train.stream.tokens, order)
+            evaluation = validate(config.train.eval_batches_final, counts)
+            final = {"validation_loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
+            writer.write(step, final)
+        checkpoints.wait()
+
+    _write_json(run_dir / "result.json", {"name": config.name, "step": step, **evaluation.to_dict()})
+    log(
+        f"Done: {config.name}, {step} steps, validation loss {evaluation.loss:.4f}, "
+        f"{evaluation.bits_per_byte:.4f} bits/byte, in {duration(time.perf_counter() - started)}."
+    )
+    return TrainResult(state, parts, text, evaluation)
+
+
+def load_run(run_dir: Path, log: Log = print) -> tuple[TrainState, Parts]:
+    """A trained run's newest state and parts, without its corpus: for sampling and analysis.
+
+    Raises:
+      RunError: the folder is not a run, or has no checkpoint.
+    """
+    from engram_jax.data.tokenizer import load_tokenizer
+
+    if not (run_dir / "config.json").exists():
+        raise RunError(f"{run_dir} is not a run: it has no config.json. Train one with python -m experiments.run.")
+    config = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
+    config = replace(config, train=replace(config.train, mesh_data=1, mesh_fsdp=1))
+    parts = assemble(config, load_tokenizer(run_dir / "tokenizer.json").backend, jax.devices()[:1])
+    with jax.set_mesh(parts.mesh), Checkpoints(run_dir / "checkpoints", config.checkpoint, log) as checkpoints:
+        state = checkpoints.restore(parts.abstract_state(), lambda saved: _check_constants(saved, parts))
+    if state is None:
+        raise RunError(f"{run_dir} has no checkpoint yet: let the run reach its first one.")
+    return state, parts
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _to_devices(batch: dict[str, np.ndarray], parts: Parts) -> dict[str, jax.Array]:
+    sharding = NamedSharding(parts.mesh, spec("batch", "seq"))  # type: ignore[arg-type]
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def _claim(run_dir: Path, config: RunConfig, text: TextData) -> None:
+    """Makes the folder this run's, or raises `ConfigError` if it holds a run with other settings."""
+    saved = run_dir / "config.json"
+    if saved.exists():
+        other = from_dict(RunConfig, json.loads(saved.read_text()))
+        changed = [line for line in differences(config, other) if not line.startswith(FREE_TO_CHANGE)]
+        if changed:
+            raise ConfigError(
+                f"{run_dir} holds a run with other settings ({'; '.join(changed)}). "
+                "Give this one its own --run_dir, or delete that folder to start again."
+            )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        text.tokenizer.save(run_dir / "tokenizer.json")
+        _write_json(saved, to_dict(config))
+
+
+def _meta(config: RunConfig, text: TextData, parts: Parts) -> dict[str, Any]:
+    return {
+        "config": to_dict(config),
+        "hash_constants": parts.store.constants.to_dict(),
+        "tokenizer_sha256": text.tokenizer.sha256,
+        "corpus_sha256": text.corpus_sha256,
+    }
+
+
+def _check_constants(saved: dict[str, Any], parts: Parts) -> None:
+    lines = hashing.differences(parts.store.constants, hashing.HashConstants.from_dict(saved["hash_constants"]))
+    if lines:
+        raise RunError(
+            f"The checkpoint's memory was addressed otherwise, so every row would be wrong ({'; '.join(lines)[:600]}). "
+            "Use the tokenizer and the engram_* settings it was trained with."
+        )
+
+
+def _check_meta(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    _check = {"tokenizer_sha256": "tokenizer", "corpus_sha256": "corpus"}
+    for name, what in _check.items():
+        if saved[name] != ours[name]:
+            raise RunError(
+                f"The {what} is not the one this run was trained on (sha256 {ours[name][:12]} here, "
+                f"{saved[name][:12]} in the checkpoint): the run would not continue the same. Restore the {what}, "
+                "or start anew in another --run_dir."
+            )
+    theirs = hashing.HashConstants.from_dict(saved["hash_constants"])
+    lines = hashing.differences(hashing.HashConstants.from_dict(ours["hash_constants"]), theirs)
+    if lines:
+        raise RunError(f"The checkpoint's hash constants differ ({'; '.join(lines)[:600]}).")
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    shutil.move(temporary, path)
+
+
+class _StopRequest:
+    """Ctrl-C or SIGTERM asks the loop to save and stop; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> _StopRequest:
+        self._previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,136 @@
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from engram_jax.config import ConfigError, RunConfig, from_dict
+from engram_jax.counts import describe
+from experiments.registry import RUNS, build
+from experiments.run import main
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The (config, run_dir) pairs that would have been trained."""
+    calls = []
+    loop = types.ModuleType("engram_jax.training.loop")
+    loop.train = lambda config, run_dir: calls.append((config, run_dir))
+    monkeypatch.setitem(sys.modules, "engram_jax.training.loop", loop)
+    return calls
+
+
+def fails_with(capsys, *arguments):
+    """The one line that these arguments are refused with."""
+    assert main(arguments) == 2
+    streams = capsys.readouterr()
+    assert streams.out == "" and streams.err.startswith("error: ") and streams.err.count("\n") == 1
+    return streams.err
+
+
+def test_list_names_every_run(capsys):
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(RUNS) and all(len(line.split()) > 4 for line in lines)
+
+
+def test_list_does_not_wait_for_jax():
+    code = "import sys, experiments.run as r; r.main(['--list']); sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], []])
+def test_help_shows_how(capsys, arguments):
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "--list" in out and "--print" in out and "--run_dir" in out and "engram_tiny" in out
+
+
+def test_help_of_a_run_shows_fields_with_their_defaults(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["engram_tiny", "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert "Does memory beat experts" in out
+    assert "--model.engram.engram_layer_ids" in out and "(default: 1 2)" in out and "Hash heads per order." in out
+
+
+def test_a_run_is_trained_with_its_overrides(trained):
+    overrides = ["--train.steps", "50", "--data.seq_len=128", "--train.tensorboard", "False"]
+    assert main(["engram_tiny", *overrides, "--model.engram.engram_vocab_size", "101", "211"]) == 0
+    [(config, run_dir)] = trained
+    assert (config.train.steps, config.data.seq_len, config.train.tensorboard) == (50, 128, False)
+    assert config.model.engram.engram_vocab_size == (101, 211)
+    assert config.model.moe == build("engram_tiny").model.moe and config.name == "engram_tiny"
+    assert run_dir == Path("runs/engram_tiny")
+
+
+def test_several_runs_share_overrides_in_order(trained):
+    assert main(["moe_tiny", "engram_tiny", "--train.steps", "30", "--run_dir", "out"]) == 0
+    assert [(config.name, config.train.steps) for config, _ in trained] == [("moe_tiny", 30), ("engram_tiny", 30)]
+    assert [run_dir for _, run_dir in trained] == [Path("out/moe_tiny"), Path("out/engram_tiny")]
+
+
+def test_run_dir_of_one_run_is_taken_as_given(trained):
+    assert main(["moe_tiny", "--run_dir", "out"]) == 0
+    assert trained == [(build("moe_tiny"), Path("out"))]
+
+
+def test_print_shows_config_and_counts_and_trains_nothing(capsys, trained):
+    assert main(["engram_tiny", "--print", "--train.steps", "50"]) == 0
+    out = capsys.readouterr().out
+    printed, end = json.JSONDecoder().raw_decode(out)
+    config = from_dict(RunConfig, printed)
+    assert config.train.steps == 50 and not trained
+    assert out[end:].strip() == describe(config).strip()
+
+
+def test_unknown_run_names_the_nearest(capsys, trained):
+    assert "'engram_tny'; the nearest is 'engram_tiny'" in fails_with(capsys, "moe_tiny", "engram_tny")
+    assert "--list" in fails_with(capsys, "zzz") and not trained
+
+
+def test_unknown_field_names_the_nearest(capsys, trained):
+    assert "'--train.stpes'; the nearest is '--train.steps'" in fails_with(capsys, "moe_tiny", "--train.stpes", "5")
+    assert "'extra'" in fails_with(capsys, "moe_tiny", "--train.steps", "5", "extra") and not trained
+
+
+def test_options_without_a_name(capsys):
+    assert "name comes first" in fails_with(capsys, "--train.steps", "5")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.seq_len", "1"], "seq_len=1 must be at least 2."),
+        (["--train.grad_accum", "3"], "data.batch_size=16 must be a multiple of train.grad_accum=3."),
+        (["--model.num_hidden_layers", "2"], "engram_layer_ids=(1, 2) names block 2"),
+    ],
+)
+def test_values_that_cannot_work(capsys, trained, arguments, message):
+    assert message in fails_with(capsys, "engram_tiny", *arguments) and not trained
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.steps", "many"], "--train.steps"),
+        (["--train.steps"], "--train.steps"),
+        (["--optimizer.schedule", "stairs"], "'step', 'cosine'"),
+        (["--train.tensorboard", "perhaps"], "--train.tensorboard"),
+    ],
+)
+def test_values_that_do_not_fit_their_type(capsys, trained, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["moe_tiny", *arguments])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err and not trained
+
+
+def test_errors_of_training_are_one_line_too(capsys, monkeypatch, trained):
+    def fail(config, run_dir):
+        raise ConfigError("data.corpus='x' does not exist.")
+
+    monkeypatch.setattr(sys.modules["engram_jax.training.loop"], "train", fail)
+    assert "data.corpus='x'" in fails_with(capsys, "moe_tiny")

@@ -1,0 +1,197 @@
+"""The reader against the published code's output and gradients, against its equations written out, and its promises."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from engram_jax.config import EngramConfig, ModelConfig
+from engram_jax.layers.engram import EngramReader, copysign_sqrt, gate_scores, gated_short_conv, shift, signed_sqrt
+
+pytestmark = pytest.mark.newest
+
+REFERENCE = Path(__file__).parents[1] / "data" / "engram_layer_reference.npz"
+PRIMES = [997, 1009, 1013, 1019, 1499, 1511, 1523, 1531]  # of the reference's eight heads
+
+
+def make_reader(hidden_size=32, streams=4, eps=1e-6, **engram):
+    engram = {"engram_layer_ids": (0,), "engram_n_heads": 4, "engram_head_dim": 8, "engram_vocab_size": 100} | engram
+    config = ModelConfig(hidden_size=hidden_size, hc_mult=streams, rms_norm_eps=eps, engram=EngramConfig(**engram))
+    return EngramReader(config, rngs=nnx.Rngs(0))
+
+
+def reference_params(data, prefix):
+    """The published module's arrays in this reader's layout."""
+
+    def stack(name, kind="weight"):
+        return np.stack([data[f"{prefix}/{name.format(i)}.{kind}"] for i in range(4)])
+
+    def keys_then_value(kind):
+        return np.concatenate([stack("key_projs.{}", kind), data[f"{prefix}/value_proj.{kind}"][None]])
+
+    return {
+        "key_value_emd": keys_then_value("weight").transpose(2, 0, 1),
+        "key_value_bias_md": keys_then_value("bias"),
+        "key_norm": stack("norm1.{}"),
+        "query_norm": stack("norm2.{}"),
+        "conv_norm": stack("short_conv.norms.{}"),
+        "conv_kmd": data[f"{prefix}/short_conv.conv.weight"][:, 0].T.reshape(4, 4, 32),
+    }
+
+
+def test_equals_published_code_in_output_and_every_gradient():
+    with jax.enable_x64(True):
+        data = np.load(REFERENCE)
+        reader = make_reader(eps=float(np.finfo(np.float64).eps), engram_bias=True, engram_conv_norm_eps=1e-5)
+        graphdef, _ = nnx.split(reader)
+        params = jax.tree.map(jnp.asarray, reference_params(data, "param"))
+        hidden = jnp.asarray(data["hidden"])
+        ids = data["hashes"] + np.concatenate([[0], np.cumsum(PRIMES)[:-1]])
+        table = jnp.asarray(data["param/multi_head_embedding.embedding.weight"])
+
+        def output(params, table):
+            return nnx.merge(graphdef, params)(hidden, table[ids])
+
+        y = output(params, table)
+        assert y.dtype == jnp.float64
+        np.testing.assert_allclose(y, data["output"], rtol=0, atol=1e-9)
+
+        # The stored gradients are those of the sum of squares of the output.
+        grads, table_grad = jax.grad(lambda *args: jnp.sum(output(*args) ** 2), argnums=(0, 1))(params, table)
+        expected = reference_params(data, "grad")
+        assert grads.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_allclose(grads[name], expected[name], rtol=1e-9, atol=1e-9, err_msg=name)
+        dense = np.zeros(table.shape)
+        dense[data["grad_rows/index"]] = data["grad_rows/value"]
+        np.testing.assert_allclose(table_grad, dense, rtol=1e-9, atol=1e-9)
+
+
+def equations(x, rows, params, kernel, bias, dilation, eps, conv_eps, segments=None, gate=signed_sqrt):
+    """Eqs. 3-6 term by term, stream by stream, position by position."""
+
+    def norm(a, gain, eps):
+        return a / jnp.sqrt(jnp.mean(a * a, -1, keepdims=True) + eps) * gain
+
+    B, T, M, D = x.shape
+    e = rows.reshape(B, T, -1)
+    projected = jnp.stack([e @ params["key_value_emd"][:, m] for m in range(M + 1)], 2)
+    if bias:
+        projected = projected + params["key_value_bias_md"][None, None]
+    value, out = projected[:, :, M], []
+    for m in range(M):
+        query, key = (
+            norm(x[:, :, m], params["query_norm"][m], eps),
+            norm(projected[:, :, m], params["key_norm"][m], eps),
+        )
+        score = jnp.sum(query * key, -1, keepdims=True) / D**0.5
+        u = jax.nn.sigmoid(gate(score)) * value
+        if not kernel:
+            out.append(u)
+            continue
+        normed, mixed = norm(u, params["conv_norm"][m], conv_eps), []
+        for t in range(T):
+            total = jnp.zeros((B, D), x.dtype)
+            for tap in range(kernel):
+                source = t - (kernel - 1 - tap) * dilation
+                if source >= 0:
+                    keep = 1.0 if segments is None else (segments[:, source] == segments[:, t])[:, None]
+                    total += keep * params["conv_kmd"][tap, m] * normed[:, source]
+            mixed.append(total)
+        out.append(u + jax.nn.silu(jnp.stack(mixed, 1)))
+    return jnp.stack(out, 2)
+
+
+@pytest.mark.parametrize(
+    ("streams", "kernel", "bias", "variant", "segmented"),
+    [
+        (4, 4, False, "paper", True),
+        (1, 4, True, "paper", False),
+        (2, 0, False, "deepseek_v41", True),
+        (3, 3, True, "qwen_ple", True),
+    ],
+)
+def test_equals_its_equations_forward_and_gradient(streams, kernel, bias, variant, segmented):
+    with jax.enable_x64(True):
+        reader = make_reader(12, streams, engram_kernel_size=kernel, engram_bias=bias, engram_variant=variant)
+        graphdef, params = nnx.split(reader)
+        rng = np.random.default_rng(streams + kernel)
+        params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), nnx.to_pure_dict(params))
+        x, rows = jnp.asarray(rng.normal(size=(2, 11, streams, 12))), jnp.asarray(rng.normal(size=(2, 11, 8, 8)))
+        segments = jnp.asarray(np.sort(rng.integers(1, 4, size=(2, 11)), axis=1)) if segmented else None
+        weight = jnp.asarray(rng.normal(size=x.shape))
+        gate = copysign_sqrt if variant == "deepseek_v41" else signed_sqrt
+
+        def ours(params, x, rows):
+            return jnp.sum(weight * nnx.merge(graphdef, params)(x, rows, segments))
+
+        def theirs(params, x, rows):
+            with jax.numpy_rank_promotion("allow"):
+                return jnp.sum(weight * equations(x, rows, params, kernel, bias, 3, 1e-6, 1e-20, segments, gate))
+
+        a, grads_a = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(params, x, rows)
+        b, grads_b = jax.jit(jax.value_and_grad(theirs, argnums=(0, 1, 2)))(params, x, rows)
+        np.testing.assert_allclose(a, b, rtol=1e-10)
+        jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-7, atol=1e-9), grads_a, grads_b)
+
+
+def test_starts_as_the_gated_value_and_zero_rows_add_exactly_nothing(key):
+    reader = make_reader()
+    x, rows = jax.random.normal(key, (2, 9, 4, 32)), jax.random.normal(key, (2, 9, 8, 8))
+    update, gate = reader.read(x, rows)
+    value = rows.reshape(2, 9, -1) @ reader.key_value_emd[...][:, -1]
+    np.testing.assert_allclose(update, gate[..., None] * value[:, :, None], rtol=1e-5, atol=1e-7)
+    assert not np.any(reader(x, jnp.zeros_like(rows)))
+
+
+def test_gradient_is_finite_where_streams_or_rows_are_zero(key):
+    reader = make_reader(eps=1e-20)
+    x = jax.random.normal(key, (1, 6, 4, 32)).at[:, 2].set(0)
+    rows = jax.random.normal(key, (1, 6, 8, 8)).at[:, 3].set(0)
+    grads = jax.grad(lambda x, rows: jnp.sum(reader(x, rows) ** 2), argnums=(0, 1))(x, rows)
+    assert all(np.all(np.isfinite(g)) for g in grads)
+
+
+@pytest.mark.parametrize(("gate", "at_zero"), [(signed_sqrt, 0.0), (copysign_sqrt, 1e-3)])
+def test_gate_root(gate, at_zero):
+    s = jnp.array([0.0, 4.0, -4.0, 0.25, -1e-9])
+    expected = [at_zero, 2.0, -2.0, 0.5, -1e-3]
+    np.testing.assert_allclose(gate(s), expected, rtol=1e-6)
+    assert np.all(np.isfinite(jax.vmap(jax.grad(gate))(s)))
+
+
+def test_causal_and_inside_its_document(key):
+    reader = make_reader()
+    reader.conv_kmd[...] = jax.random.normal(key, reader.conv_kmd.shape)
+    x, rows = jax.random.normal(key, (1, 16, 4, 32)), jax.random.normal(key, (1, 16, 8, 8))
+    segments = jnp.where(jnp.arange(16) < 7, 1, 2)[None]
+    influence = jax.jacobian(lambda rows: jnp.sum(reader(x, rows, segments), (0, 2, 3)))(rows)
+    reaches = np.abs(influence).sum((1, 3, 4)) > 0  # [to, from]
+    expected = np.zeros((16, 16), bool)
+    for to in range(16):
+        for distance in (0, 3, 6, 9):
+            source = to - distance
+            expected[to, source] = source >= 0 and (source < 7) == (to < 7) if source >= 0 else expected[to, source]
+    np.testing.assert_array_equal(reaches, expected)
+
+
+def test_shift_moves_later_and_fills_with_zero():
+    x = jnp.arange(4.0)[None]
+    np.testing.assert_array_equal(shift(x, 1), [[0, 0, 1, 2]])
+    np.testing.assert_array_equal(shift(x, 9), np.zeros((1, 4)))
+
+
+def test_gate_scores_are_per_stream(key):
+    x, k = jax.random.normal(key, (1, 2, 3, 8)), jax.random.normal(jax.random.key(1), (1, 2, 3, 8))
+    scores = gate_scores(x, k, jnp.ones((3, 8)), 1e-20)
+    np.testing.assert_allclose(gate_scores(x.at[:, :, 1].mul(100.0), k, jnp.ones((3, 8)), 1e-20), scores, rtol=1e-5)
+
+
+def test_one_token_sequence():
+    y = gated_short_conv(
+        jnp.ones((1, 1, 2)), jnp.ones((1, 1, 4)), jnp.ones((2, 4)), jnp.ones((4, 2, 4)), None, 3, 1e-20
+    )
+    np.testing.assert_allclose(y, 1 + jax.nn.silu(1.0) * jnp.ones((1, 1, 2, 4)), rtol=1e-6)

