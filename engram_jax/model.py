@@ -1,13 +1,14 @@
 """The backbone, a pure function of (params, tokens, rows): embed -> blocks, cut at the Engram layers -> logits, loss.
 
-Blocks of one kind between two cuts are stacked (one leading layer dim) and scanned. A block's initialisation depends on
-its own index and the seed only, so models that differ in Engram layers, or in where the cuts fall, share it bit for bit.
+Blocks of one kind between two cuts are stacked (one leading layer dim) and scanned. A block's initialisation depends
+on its own index and the seed only: models that differ in Engram layers, and so in the cuts, share it bit for bit.
 
 Legend: B batch, T seq, D hidden size, M residual streams, V vocabulary, L layers of a stack.
 """
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,12 +55,12 @@ def segments(config: ModelConfig) -> list[Segment]:
     bounds = sorted(cuts)
     return [
         Segment(start, stop, start >= first_moe, start in config.engram.engram_layer_ids)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        for start, stop in itertools.pairwise(bounds)
     ]
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
-    """A key that depends on the name alone, so adding a part to the model leaves the others' initialisation as it was."""
+    """A key that depends on the name alone: adding a part to the model leaves the others' initialisation as it was."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
@@ -71,10 +72,15 @@ class Block(nnx.Module):
         self.streams = config.hc_mult
         self.attn_norm, self.ffn_norm = RMSNorm(D, config.rms_norm_eps), RMSNorm(D, config.rms_norm_eps)
         self.attn = make_attention(config, rngs=rngs)
-        self.ffn = MoE(config, rngs=rngs) if is_moe else FFN.of_width(config, config.intermediate_size, rngs=rngs)
+        if is_moe:
+            self.ffn = MoE(config, rngs=rngs)
+        else:
+            std = config.initializer_range
+            out_std = std * (2 * config.num_hidden_layers) ** -0.5
+            self.ffn = FFN(D, config.intermediate_size, std, out_std, rngs=rngs)
         if self.streams > 1:
-            self.attn_hc = HyperConnection.of(config, rngs=rngs)
-            self.ffn_hc = HyperConnection.of(config, rngs=rngs)
+            hc = (D, config.hc_mult, config.hc_sinkhorn_iters, config.hc_gate_init, config.rms_norm_eps)
+            self.attn_hc, self.ffn_hc = HyperConnection(*hc, rngs=rngs), HyperConnection(*hc, rngs=rngs)
 
     def __call__(
         self, x_BTMD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None

@@ -3,12 +3,11 @@
 `optax.contrib.scale_by_muon` is the same arithmetic, but fuses momentum and orthogonalization, which leaves no place to
 gather a sharded matrix between them, and orthogonalizes a whole stack of experts at once.
 
-    B batch (separate matrices), I input dims, O output dims of a weight, in whatever order its role says.
+    B separate matrices, I input dims, O output dims of a weight.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -57,7 +56,8 @@ def orthogonalize(x: jax.Array, role: Role, coefficients: Coefficients) -> jax.A
     """
     batch = [dim for dim in range(-x.ndim, 0) if dim not in role.inputs + role.outputs]
     order = [*batch, *role.inputs, *role.outputs]
-    x_BIO = x.transpose(order)
+    stacked = x.transpose(order)
+    num_matrices = math.prod(stacked.shape[: len(batch)])
     num_rows = math.prod(x.shape[dim] for dim in role.inputs)
 
     def one(x_IO: jax.Array) -> jax.Array:
@@ -66,13 +66,13 @@ def orthogonalize(x: jax.Array, role: Role, coefficients: Coefficients) -> jax.A
         y_IO = newton_schulz(whole.reshape(num_rows, -1), coefficients).reshape(x_IO.shape)
         return y_IO if sharding.mesh.empty else jax.reshard(y_IO, sharding)
 
-    over_batch, entries = one, math.prod(x_BIO.shape[len(batch) :])
-    for dim in reversed(batch):
-        together = _divisor(x.shape[dim], at_most=MAX_ENTRIES // entries)
-        over_batch = functools.partial(jax.lax.map, over_batch, batch_size=together)
-        entries *= x.shape[dim]
-    inverse = [order.index(dim) for dim in range(-x.ndim, 0)]
-    return over_batch(x_BIO).transpose(inverse)
+    x_BIO = stacked.reshape(num_matrices, *stacked.shape[len(batch) :])
+    together = _divisor(num_matrices, at_most=MAX_ENTRIES // x_BIO[0].size)
+    if together == num_matrices:
+        y_BIO = jax.vmap(one)(x_BIO)
+    else:
+        y_BIO = jax.lax.map(one, x_BIO, batch_size=together)
+    return y_BIO.reshape(stacked.shape).transpose([order.index(dim) for dim in range(-x.ndim, 0)])
 
 
 def _divisor(number: int, at_most: int) -> int:

@@ -70,7 +70,7 @@ def test_truncated_compressed_file_is_an_error(tmp_path, texts, suffix):
     content = {".gz": gzip.compress, ".zst": zstandard.compress}[suffix]("".join(texts).encode())
     path = tmp_path / f"x.txt{suffix}"
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ConfigError, match=re.escape(str(path))):
+    with pytest.raises(ConfigError, match=re.escape(f"cannot read {path}: ")):
         read(path)
 
 

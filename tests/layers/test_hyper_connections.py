@@ -1,0 +1,145 @@
+"""mHC against a NumPy loop of its equations, Sinkhorn's promises, and the behaviour at initialisation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from engram_jax.config import ConfigError
+from engram_jax.layers.hyper_connections import HyperConnection, read_streams, sinkhorn, write_streams
+from engram_jax.sharding import make_mesh
+
+pytestmark = pytest.mark.newest
+
+
+def make(streams=4, iters=20, gate=0.01, hidden=12):
+    return HyperConnection(hidden, streams, iters, gate, 1e-20, rngs=nnx.Rngs(5))
+
+
+def loop_sinkhorn(logits, iters):
+    p = np.exp(logits)
+    for _ in range(iters):
+        for j in range(p.shape[1]):
+            p[:, j] /= p[:, j].sum()
+        for i in range(p.shape[0]):
+            p[i] /= p[i].sum()
+    return p
+
+
+def loop_step(layer, x, y):
+    """One token: x [M, D], y [D] -> the sub-layer's input and the next streams, as paper.md 1.7 writes them."""
+    w = {name: np.asarray(a, np.float64) for name, a in nnx.to_pure_dict(nnx.state(layer)).items()}
+    M = x.shape[0]
+    v = x.reshape(-1) / np.sqrt((x**2).mean())
+    pre = 1 / (1 + np.exp(-(w["alpha"][0] * (v @ w["phi_pre_cm"]) + w["bias_pre"])))
+    post = 2 / (1 + np.exp(-(w["alpha"][1] * (v @ w["phi_post_cm"]) + w["bias_post"])))
+    res = loop_sinkhorn(w["alpha"][2] * (v @ w["phi_res_cm"]).reshape(M, M) + w["bias_res"], layer.sinkhorn_iters)
+    h = sum(pre[m] * x[m] for m in range(M))
+    return h, np.stack([sum(res[i, j] * x[j] for j in range(M)) + post[i] * y for i in range(M)])
+
+
+@pytest.mark.parametrize("streams", [2, 3, 4])
+def test_equals_a_loop_over_tokens(streams):
+    rng = np.random.default_rng()
+    x, y = rng.normal(size=(2, 3, streams, 12)), rng.normal(size=(2, 3, 12))
+    with jax.enable_x64(True):
+        layer = make(streams, gate=0.7)
+        layer.bias_res[...] = jnp.asarray(rng.normal(size=(streams, streams)))
+        pre, post, res = layer.coefficients(jnp.asarray(x))
+        h, written = read_streams(jnp.asarray(x), pre), write_streams(jnp.asarray(x), jnp.asarray(y), post, res)
+    for b, t in np.ndindex(2, 3):
+        expected_h, expected_streams = loop_step(layer, x[b, t], y[b, t])
+        np.testing.assert_allclose(h[b, t], expected_h, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(written[b, t], expected_streams, rtol=0, atol=1e-12)
+
+
+def test_gradients_equal_finite_differences():
+    rng = np.random.default_rng()
+    with jax.enable_x64(True):
+        graphdef, params = nnx.split(make(3, gate=0.7))
+        params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), params)
+        x, y, g = (jnp.asarray(rng.normal(size=s)) for s in ((2, 3, 3, 12), (2, 3, 12), (2, 3, 3, 12)))
+
+        def loss(params, x, y):
+            pre, post, res = nnx.merge(graphdef, params).coefficients(x)
+            return jnp.sum(g * write_streams(x, y * read_streams(x, pre), post, res))
+
+        jax.test_util.check_grads(loss, (params, x, y), order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
+
+
+def test_sinkhorn_is_doubly_stochastic_and_undisturbed_by_row_and_column_factors():
+    rng = np.random.default_rng()
+    logits = rng.normal(size=(5, 7, 4, 4)) * 2
+    with jax.enable_x64(True):
+        p = sinkhorn(jnp.asarray(logits), 200)
+        shifted = sinkhorn(jnp.asarray(logits + 50 * rng.normal(size=(5, 7, 4, 1)) + 900), 200)
+    np.testing.assert_allclose(p.sum(-1), 1, atol=1e-12)
+    np.testing.assert_allclose(p.sum(-2), 1, atol=1e-9)
+    np.testing.assert_allclose(p, shifted, atol=1e-9)
+    np.testing.assert_allclose(p[2, 3], loop_sinkhorn(logits[2, 3], 200), atol=1e-12)
+    np.testing.assert_allclose(sinkhorn(jnp.asarray(logits, jnp.float32), 20).sum(-1), 1, atol=1e-6)
+
+
+def test_at_the_start_it_is_a_plain_residual_stream():
+    layer = make(gate=0.0)
+    rng = np.random.default_rng()
+    x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 12), (2, 5, 12)))
+    x_BTMD = jnp.tile(x[:, :, None], (1, 1, 4, 1))
+    pre, post, res = layer.coefficients(x_BTMD)
+    np.testing.assert_allclose(read_streams(x_BTMD, pre), x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        write_streams(x_BTMD, y, post, res), jnp.tile((x + y)[:, :, None], (1, 1, 4, 1)), atol=1e-5
+    )
+    np.testing.assert_allclose(res, np.broadcast_to(np.eye(4), res.shape), atol=0.01)
+
+
+def test_the_initial_gate_is_a_small_token_dependent_part():
+    x = jax.random.normal(jax.random.key(1), (2, 64, 4, 12))
+    spread = [np.asarray(c.std((0, 1))).max() for c in make(gate=0.01).coefficients(x)]
+    assert all(0 < s < 0.02 for s in spread)
+
+
+def test_all_zero_streams_have_finite_gradients():
+    def loss(layer, x):
+        pre, post, res = layer.coefficients(x)
+        return jnp.sum(write_streams(x, read_streams(x, pre), post, res))
+
+    grads = jax.grad(loss, argnums=(0, 1))(make(), jnp.zeros((1, 2, 4, 12)))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_one_stream_is_refused():
+    with pytest.raises(ConfigError, match="hc_mult=1"):
+        make(streams=1)
+
+
+def test_a_2x4_mesh_gives_the_single_device_output_and_gradients():
+    x = jax.random.normal(jax.random.key(1), (8, 5, 4, 12))
+
+    @jax.jit
+    def run(layer, x):
+        def loss(layer, x):
+            pre, post, res = layer.coefficients(x)
+            y = write_streams(x, jnp.sin(read_streams(x, pre)), post, res)
+            return jnp.mean(y**2), y
+
+        (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+        return y, nnx.to_pure_dict(nnx.state(grads[0])), grads[1]
+
+    expected = run(make(gate=0.5), x)
+    mesh = make_mesh(2, 4)
+    with jax.set_mesh(mesh):
+        got = run(make(gate=0.5), jax.device_put(x, jax.NamedSharding(mesh, P(("data", "fsdp")))))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
+
+
+def test_bfloat16_streams_get_float32_coefficients():
+    x = jax.random.normal(jax.random.key(1), (2, 5, 4, 12))
+    coefficients, exact = make(gate=0.5).coefficients(x.astype(jnp.bfloat16)), make(gate=0.5).coefficients(x)
+    for got, want in zip(coefficients, exact, strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, atol=0.01)
+    assert read_streams(x.astype(jnp.bfloat16), coefficients[0]).dtype == jnp.bfloat16
