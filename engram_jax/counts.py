@@ -51,9 +51,15 @@ def _ends(config: ModelConfig) -> Iterator[Leaf]:
     yield Leaf("norms", "gain", (D,), 2 * config.num_hidden_layers + 1)
 
 
+def _value_dim(config: ModelConfig) -> int:
+    """Width of a value head; queries, keys and values of GQA share one."""
+    a = config.attention
+    return a.v_head_dim if a.kind == "mla" else a.qk_head_dim
+
+
 def _attention(config: ModelConfig) -> Iterator[Leaf]:
     a, D, L = config.attention, config.hidden_size, config.num_hidden_layers
-    N, H, V = a.num_attention_heads, a.qk_head_dim, a.v_head_dim
+    N, H, V = a.num_attention_heads, a.qk_head_dim, _value_dim(config)
     yield Leaf("attention", "q_dnh", (D, N, H), L)
     if a.kind == "mla":
         yield Leaf("attention", "kv_down_dr", (D, a.kv_lora_rank + a.qk_rope_head_dim), L)
@@ -172,7 +178,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     a = config.attention
     matrices = sum(leaf.size * leaf.used for leaf in leaves(config) if ROLES[leaf.name].kind == "matrix")
     logits = config.hidden_size * config.vocab_size
-    per_key = a.num_attention_heads * (a.qk_head_dim + a.v_head_dim) * config.num_hidden_layers
+    per_key = a.num_attention_heads * (a.qk_head_dim + _value_dim(config)) * config.num_hidden_layers
     return 6 * (matrices + logits) + 6 * per_key * (seq_len + 1) / 2
 
 

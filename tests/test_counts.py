@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 
 from engram_jax import counts
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig, OptimizerConfig, replace
+from engram_jax.model import Model, split
 from engram_jax.optimizers.groups import make_optimizer
 from experiments.registry import RUNS, build
 
@@ -62,6 +64,24 @@ def test_the_papers_sparsity():
     assert math.isnan(counts.sparse_parameters(build("dense_4b").model)[1])
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(build(name).model for name in ("dense_tiny", "moe_tiny", "engram_small", "engram_27b")),
+        replace(TINY, attention__kind="gqa", attention__num_key_value_heads=1, hc_mult=1, tie_word_embeddings=True),
+        replace(TINY, engram__engram_bias=True, engram__engram_kernel_size=0),
+    ],
+)
+def test_leaves_are_those_of_the_model(key, model):
+    params = jax.eval_shape(lambda key: split(Model(model, key))[1], key)
+    built, counted = Counter(), Counter()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        built[path[-1].key] += leaf.size
+    for leaf in counts.leaves(model):
+        counted[leaf.name] += leaf.size
+    assert counted == built
+
+
 def test_groups_by_hand():
     expert = 3 * 8 * 6
     assert counts.parameters(TINY).groups == {
@@ -104,7 +124,7 @@ def test_options_change_the_right_groups():
         *("norms", "engram_projections", "engram_conv", "memory"),
     }
     gqa = counts.parameters(replace(TINY, attention__kind="gqa", attention__num_key_value_heads=1)).groups
-    assert gqa["attention"] == 3 * (8 * 2 * 5 + 8 * 5 + 8 * 4 + 2 * 4 * 8)
+    assert gqa["attention"] == 3 * (8 * 2 * 5 + 8 * 5 + 8 * 5 + 2 * 5 * 8)
 
 
 @pytest.mark.parametrize("matrix_optimizer", ["muon", "adamw"])

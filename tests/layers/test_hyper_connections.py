@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from jax.test_util import check_grads
 
 from engram_jax.config import ConfigError
 from engram_jax.layers.hyper_connections import HyperConnection, read_streams, sinkhorn, write_streams
@@ -49,6 +50,7 @@ def test_equals_a_loop_over_tokens(streams):
         layer.bias_res[...] = jnp.asarray(rng.normal(size=(streams, streams)))
         pre, post, res = layer.coefficients(jnp.asarray(x))
         h, written = read_streams(jnp.asarray(x), pre), write_streams(jnp.asarray(x), jnp.asarray(y), post, res)
+        h, written, layer = jax.device_get((h, written, layer))
     for b, t in np.ndindex(2, 3):
         expected_h, expected_streams = loop_step(layer, x[b, t], y[b, t])
         np.testing.assert_allclose(h[b, t], expected_h, rtol=0, atol=1e-12)
@@ -66,15 +68,16 @@ def test_gradients_equal_finite_differences():
             pre, post, res = nnx.merge(graphdef, params).coefficients(x)
             return jnp.sum(g * write_streams(x, y * read_streams(x, pre), post, res))
 
-        jax.test_util.check_grads(loss, (params, x, y), order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
+        check_grads(jax.jit(loss), (params, x, y), order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
 
 
 def test_sinkhorn_is_doubly_stochastic_and_undisturbed_by_row_and_column_factors():
     rng = np.random.default_rng()
     logits = rng.normal(size=(5, 7, 4, 4)) * 2
     with jax.enable_x64(True):
-        p = sinkhorn(jnp.asarray(logits), 200)
-        shifted = sinkhorn(jnp.asarray(logits + 50 * rng.normal(size=(5, 7, 4, 1)) + 900), 200)
+        factors = 50 * rng.normal(size=(5, 7, 1, 4)) + rng.normal(size=(5, 7, 4, 1)) + 900
+        p = jax.device_get(sinkhorn(jnp.asarray(logits), 200))
+        shifted = jax.device_get(sinkhorn(jnp.asarray(logits + factors), 200))
     np.testing.assert_allclose(p.sum(-1), 1, atol=1e-12)
     np.testing.assert_allclose(p.sum(-2), 1, atol=1e-9)
     np.testing.assert_allclose(p, shifted, atol=1e-9)
@@ -106,7 +109,7 @@ def test_all_zero_streams_have_finite_gradients():
         pre, post, res = layer.coefficients(x)
         return jnp.sum(write_streams(x, read_streams(x, pre), post, res))
 
-    grads = jax.grad(loss, argnums=(0, 1))(make(), jnp.zeros((1, 2, 4, 12)))
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(make(), jnp.zeros((1, 2, 4, 12)))
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 

@@ -97,7 +97,7 @@ def test_the_bias_is_state_not_a_parameter_and_gets_no_gradient():
     graphdef, params, buffers = nnx.split(layer, nnx.Param, Buffer)
     assert list(nnx.to_pure_dict(buffers)) == ["balance_bias"]
     assert "balance_bias" not in nnx.to_pure_dict(params)
-    gradient = jax.grad(lambda b: nnx.merge(graphdef, params, b)(x)[0].sum())(buffers)
+    gradient = jax.jit(jax.grad(lambda b: nnx.merge(graphdef, params, b)(x)[0].sum()))(buffers)
     np.testing.assert_array_equal(jax.tree.leaves(gradient)[0], 0)
 
 
@@ -109,7 +109,7 @@ def test_layer_is_shared_plus_routed_and_differentiable_in_the_router(implementa
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, routing.expert_ids_BTK, routing.weights_BTK))
     routed = every_expert(*flat, layer.gate_edf[...], layer.up_edf[...], layer.down_efd[...]).reshape(x.shape)
     np.testing.assert_allclose(layer(x)[0], routed + layer.shared(x), atol=2e-6)
-    grads = [jax.grad(lambda m: jnp.sum(jnp.sin(m(x)[0])))(m) for m in (layer, reference)]
+    grads = [jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(x)[0]))))(m) for m in (layer, reference)]
     assert np.abs(grads[0].router_de[...]).max() > 1e-3
     for got, want in zip(*(jax.tree.leaves(g) for g in grads), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
@@ -152,15 +152,15 @@ def test_all_padding_gives_finite_stats():
 
 
 def test_the_bias_balances_a_skewed_router():
-    layer, rng = make(num_experts_per_tok=1), np.random.default_rng(0)
-    layer.router_de[...] = layer.router_de[...].at[0].set(jnp.arange(6.0))
+    layer, rng = make(), np.random.default_rng(0)
+    layer.router_de[...] = (layer.router_de[...] / 4).at[0].set(jnp.arange(6.0) / 4)
     x = jnp.asarray(rng.normal(size=(4, 64, 16)), jnp.float32).at[..., 0].set(1.0)
     run = jax.jit(lambda bias: balance_stats(route(x, layer.router_de[...], bias, layer.config), None).load_E)
     first, bias = run(jnp.zeros(6)), jnp.zeros(6)
     for _ in range(300):
-        bias = updated_bias(bias, run(bias), 0.01)
-    assert first.max() > 0.4
-    assert run(bias).max() < 0.22
+        bias = updated_bias(bias, run(bias), 0.002)
+    assert first.max() > 0.3
+    np.testing.assert_allclose(run(bias), 1 / 6, atol=0.02)
 
 
 def test_updated_bias_moves_by_the_sign():
@@ -218,7 +218,7 @@ def test_stacks_scans_and_rematerialises(implementation):
             x = x + jax.tree.map(lambda a, i=i: a[i], layers)(x)[0]
         return jnp.sum(x**2)
 
-    for got, want in zip(*(jax.tree.leaves(jax.grad(f)(stacked, x)) for f in (scanned, looped)), strict=True):
+    for got, want in zip(*(jax.tree.leaves(jax.jit(jax.grad(f))(stacked, x)) for f in (scanned, looped)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

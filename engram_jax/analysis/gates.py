@@ -1,0 +1,92 @@
+"""How far the gates open for each token of a text: where the model uses what its memory returns.
+
+Legend: B batch, T tokens, H rows per token, D hidden size, M residual streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+from matplotlib.figure import Figure
+
+from engram_jax.config import require
+from engram_jax.data.tokenizer import Tokenizer
+from engram_jax.inference.sampling import LENGTH_MULTIPLE, one_document
+from engram_jax.layers.engram import EngramReader
+from engram_jax.sharding import spec
+from engram_jax.training.assembly import Parts
+from engram_jax.training.state import TrainState
+
+
+class RecordingReader(nnx.Module):
+    """A reader that keeps the gates of its last call; it takes the place of the reader in a model."""
+
+    def __init__(self, reader: EngramReader):
+        self.reader = reader
+
+    def __call__(self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        update_BTMD, gate_BTM = self.reader.read(x_BTMD, rows_BTHd, segment_ids_BT)
+        self.gate_btm = nnx.Intermediate(gate_BTM)
+        return update_BTMD
+
+
+def token_gates(
+    parts: Parts, state: TrainState, tokenizer: Tokenizer, text: str
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The tokens of `text`, as they read, and each Engram layer's gates for them: float [T, M] in 0..1.
+
+    Raises:
+      ConfigError: the model has no memory, or the text no tokens.
+    """
+    require(parts.config.model.engram.enabled, "engram_layer_ids=(): this model has no memory, and so no gates.")
+    ids = tokenizer.encode(text)
+    require(bool(ids), "the text has no tokens.")
+    # A document begins with bos in training; its own gate is not part of the text.
+    length = 1 + len(ids)
+    buffer_T = np.zeros(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, np.int32)
+    buffer_T[:length] = [tokenizer.bos_id, *ids]
+    with jax.set_mesh(parts.mesh):
+        gates = _gates(parts, state, buffer_T, length)
+    return [tokenizer.decode([i]) for i in ids], {layer: np.asarray(g)[1:length] for layer, g in gates.items()}
+
+
+@partial(jax.jit, static_argnums=0)
+def _gates(parts: Parts, state: TrainState, buffer_T: jax.Array, length: jax.Array) -> dict[str, jax.Array]:
+    tokens_BT, segment_ids_BT = one_document(parts, buffer_T, length)
+    plan = parts.store.plan(tokens_BT, segment_ids_BT)
+    rows = parts.store.fetch(state.memory, plan, state.step)
+    model = parts.model(state.params, state.buffers)
+    recorders = {layer: RecordingReader(reader) for layer, reader in model.engram.items()}
+    model.engram = nnx.Dict(recorders)
+    model.hidden(tokens_BT, rows, segment_ids_BT)
+    return {
+        layer: jax.reshard(recorder.gate_btm[...], spec(None, None, None))[0] for layer, recorder in recorders.items()
+    }
+
+
+def plot_gates(tokens: Sequence[str], gates: Mapping[str, np.ndarray]) -> Figure:
+    """A heat map with the tokens along x and a row for each stream of each layer; save it with `figure.savefig`."""
+    rows_RT = np.concatenate([gate_TM.T for gate_TM in gates.values()])
+    labels = [f"layer {layer}, stream {m}" for layer, gate_TM in gates.items() for m in range(gate_TM.shape[1])]
+    figure = Figure(figsize=(2.5 + 0.32 * len(tokens), 1.6 + 0.3 * len(labels)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(rows_RT, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    # Code is full of $, which would start a formula.
+    axes.set_xticks(range(len(tokens)), [_readable(t) for t in tokens], rotation=60, ha="right", parse_math=False)
+    axes.set_yticks(range(len(labels)), labels)
+    offset = 0
+    for gate_TM in list(gates.values())[:-1]:
+        offset += gate_TM.shape[1]
+        axes.axhline(offset - 0.5, color="white", linewidth=2)
+    axes.set_title(f"How far the gates open: mean {rows_RT.mean():.2f}, from {rows_RT.min():.2f} to {rows_RT.max():.2f}")
+    figure.colorbar(image, label="gate", fraction=0.03, pad=0.01)
+    return figure
+
+
+def _readable(token: str) -> str:
+    """The token with its white space shown."""
+    return token.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t")
