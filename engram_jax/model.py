@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from engram_jax.config import ModelConfig
+from engram_jax.layers import cross_entropy
 from engram_jax.layers.attention import make_attention
 from engram_jax.layers.engram import EngramReader
 from engram_jax.layers.ffn import FFN
@@ -30,7 +31,6 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-NO_LOSS = -1  # a target that is not scored
 
 
 @dataclass(frozen=True)
@@ -173,35 +173,27 @@ class Model(nnx.Module):
                 stats[segment.name] = stack_stats
         return self.final_norm(jnp.mean(x_BTMD, axis=2)), stats
 
+    @property
+    def output_head(self) -> jax.Array:
+        """[D, V]."""
+        return self.embedding_vd[...].T if self.config.tie_word_embeddings else self.head_dv[...]
+
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 logits [B, T, V]."""
-        head_dv = self.embedding_vd[...].T if self.config.tie_word_embeddings else self.head_dv[...]
-        return jnp.einsum(
-            "btd,dv->btv",
-            hidden_BTD,
-            head_dv.astype(hidden_BTD.dtype),
-            out_sharding=spec("batch", "seq", "act"),
-            preferred_element_type=jnp.promote_types(hidden_BTD.dtype, jnp.float32),
-        )
+        return cross_entropy.output_logits(hidden_BTD, self.output_head)
 
     def token_losses(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
         """Cross-entropy in nats at each position, 0 where the target is `NO_LOSS`: [B, T].
 
-        Logits exist for `loss_chunk_len` positions of each sequence at a time and are recomputed in the backward pass.
+        With `loss_chunk_len`, logits exist for that many positions at a time and are recomputed in the backward pass.
         """
-
-        def losses(hidden_BCD, targets_BC):
-            logits_BCV = self.logits(hidden_BCD)
-            is_target_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])[None, None]
-            target_logit_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), -1)
-            nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - target_logit_BC
-            return jnp.where(targets_BC == NO_LOSS, 0, nll_BC)
-
-        chunk, length = self.config.loss_chunk_len, targets_BT.shape[1]
-        if not chunk or chunk >= length:
-            return losses(hidden_BTD, targets_BT)
+        length = targets_BT.shape[1]
+        chunk = self.config.loss_chunk_len or length
+        if chunk >= length:
+            return cross_entropy.token_losses(hidden_BTD, self.output_head, targets_BT)
+        losses = jax.checkpoint(cross_entropy.token_losses)
         parts = [
-            jax.checkpoint(losses)(hidden_BTD[:, i : i + chunk], targets_BT[:, i : i + chunk])
+            losses(hidden_BTD[:, i : i + chunk], self.output_head, targets_BT[:, i : i + chunk])
             for i in range(0, length, chunk)
         ]
         return jnp.concatenate(parts, axis=1)

@@ -41,6 +41,12 @@ def spec(*logical_dims: str | None) -> P | None:
     return P(*(LOGICAL_TO_MESH[dim] if dim is not None else None for dim in logical_dims))
 
 
+def sharding_of(x: jax.Array) -> jax.sharding.NamedSharding | None:
+    """The sharding in an array's type, to give a result the same one; None outside a mesh."""
+    sharding = jax.typeof(x).sharding
+    return None if sharding.mesh.empty else sharding
+
+
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Any = None) -> Mesh:
     """An explicit mesh over all devices (or `devices`); `data=-1` takes what `fsdp` leaves.
 

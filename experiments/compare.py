@@ -7,23 +7,20 @@ baseline that the differences refer to. A run that is not finished is shown with
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tyro
 
-from engram_jax.config import ConfigError, RunConfig, differences, from_dict, replace, require
+from engram_jax.config import ConfigError, differences, replace, require
 from engram_jax.counts import parameters
 from engram_jax.evaluation.frequency import bucket_names
-from engram_jax.training.metrics import read_metrics
+from experiments.run_groups import BITS, LOSS, Group, Run, baseline_of, caveats, grouped, has_equal_buckets, may_compare
 
-TEXT_FIELDS = ("corpus", "text_key", "holdout_fraction", "max_documents")
+UNITS = {LOSS: "nats per token", BITS: "bits per byte"}
+NAMES = {LOSS: "validation loss", BITS: "bits per byte"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,87 +31,6 @@ class Options:
     """Runs' folders, as experiments.run wrote them. The first one is the baseline; seeds of one run form a group."""
     output: Path | None = None
     """Where picture and table go (default: the folder that holds the first run)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    path: Path
-    config: RunConfig
-    metrics: list[dict[str, float]]
-    """The lines of metrics.jsonl, each with its step."""
-    result: dict[str, Any] | None
-    """result.json; None if the run did not reach its end."""
-    tokenizer_sha256: str
-
-    @classmethod
-    def load(cls, path: Path) -> Run:
-        """Raises `ConfigError` if a file is missing or not what a run writes."""
-        require(path.is_dir(), f"{path} is not a folder.")
-        require((path / "config.json").is_file(), f"{path} is not a run: it has no config.json.")
-        require((path / "tokenizer.json").is_file(), f"{path} has no tokenizer.json: copy the run's whole folder.")
-        try:
-            config = from_dict(RunConfig, json.loads((path / "config.json").read_text()))
-            metrics = read_metrics(path)
-            result_file = path / "result.json"
-            result = json.loads(result_file.read_text()) if result_file.is_file() else None
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} holds a file that is not JSON ({error}): restore it.") from None
-        require(bool(metrics), f"{path} has no metrics.jsonl, or an empty one: let the run reach its first line.")
-        return cls(path, config, metrics, result, hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest())
-
-    @property
-    def seeds(self) -> tuple[int, int]:
-        return self.config.train.seed, self.config.data.seed
-
-    @property
-    def step(self) -> int:
-        return int(self.metrics[-1]["step"])
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.data.batch_size * self.config.data.seq_len
-
-    def last(self, metric: str) -> float | None:
-        values = [line[metric] for line in self.metrics if metric in line]
-        return values[-1] if values else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        # The median leaves out the first line, which holds the compilation.
-        rates = [line["tokens_per_second"] for line in self.metrics if "tokens_per_second" in line]
-        return statistics.median(rates) if rates else None
-
-    def bucket(self, name: str, what: str) -> float | None:
-        """A bucket's `loss` or `share`; None if there is no such bucket."""
-        return ((self.result or {}).get("buckets", {}).get(name) or {}).get(what)
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Runs that differ in their seeds only; one run if it is unfinished."""
-
-    label: str
-    runs: tuple[Run, ...]
-
-    @property
-    def config(self) -> RunConfig:
-        return self.runs[0].config
-
-    @property
-    def finished(self) -> bool:
-        return self.runs[0].result is not None
-
-    @cached_property
-    def losses(self) -> list[float]:
-        return self.values(lambda run: run.last("validation_loss"))
-
-    def values(self, of: Callable[[Run], float | None]) -> list[float]:
-        return [value for run in self.runs if (value := of(run)) is not None]
-
-    def pairs(self, baseline: Group) -> list[tuple[Run, Run]]:
-        """(ours, the baseline's) for each seed that both have."""
-        theirs = {run.seeds: run for run in baseline.runs}
-        return [(run, theirs[run.seeds]) for run in self.runs if run.seeds in theirs]
 
 
 def compare(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
@@ -132,37 +48,157 @@ def compare(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
     text = report(groups)
     print(text)
     (output / "compare.md").write_text(text, encoding="utf-8")
-    draw(groups, baseline_of(groups), headlines(groups), output / "compare.png")
+    titles = [headline(*pair) for pair in compared_pairs(groups)]
+    draw(groups, "\n".join(titles) or ", ".join(group.label for group in groups), output / "compare.png")
     return output / "compare.png"
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order of their first runs, each with a label of its own."""
-    by_settings: dict[Any, list[Run]] = {}
-    for run in runs:
-        settings = replace(run.config, train__seed=0, data__seed=0)
-        members = by_settings.setdefault(settings if run.result is not None else run.path.resolve(), [])
-        for other in members:
-            require(
-                other.seeds != run.seeds or other.tokenizer_sha256 != run.tokenizer_sha256,
-                f"{other.path} and {run.path} are the same run (equal settings and seeds): leave one out.",
-            )
-        members.append(run)
-    names = [members[0].config.name for members in by_settings.values()]
-    groups = []
-    for members in by_settings.values():
-        first = members[0]
-        label = first.config.name if names.count(first.config.name) == 1 else f"{first.config.name} [{first.path.name}]"
-        if first.result is None:
-            label += f" (unfinished, step {first.step} of {first.config.train.steps})"
-        groups.append(Group(label, tuple(members)))
-    return groups
+def compared_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Every finished group but the baseline, each with the baseline."""
+    baseline = baseline_of(groups)
+    return [(group, baseline) for group in groups if baseline and group.finished and group is not baseline]
 
 
-def baseline_of(groups: Sequence[Group]) -> Group | None:
-    return next((group for group in groups if group.finished), None)
+def headline(group: Group, baseline: Group) -> str:
+    """`engram_tiny is 0.1203 nats per token below moe_tiny (3.4120 against 3.5323)`."""
+    metric, _ = caveats(group, baseline)
+    if metric is None:
+        return f"{group.label} and {baseline.label} are not comparable"
+    ours, theirs = (statistics.mean(g.values(lambda run, metric=metric: run.last(metric))) for g in (group, baseline))
+    by = f"{abs(ours - theirs):.4f} {UNITS[metric]} {'below' if ours < theirs else 'above'}"
+    return f"{group.label} is {by} {baseline.label} ({ours:.4f} against {theirs:.4f})"
 
 
-def others(groups: Sequence[Group]) -> list[Group]:
-    """The finished groups that are compared with the baseline."""
-    return [group for group in groups if group.finished and group is not baseline_of(groups)]
+def verdict(group: Group, baseline: Group) -> str:
+    """The headline, then what the seeds say about it."""
+    metric, reason = caveats(group, baseline)
+    if metric is None:
+        return f"WARNING: {reason}"
+
+    def of(run: Run) -> float | None:
+        return run.last(metric)
+
+    ours, theirs = group.values(of), baseline.values(of)
+    sentences = [f"WARNING: {reason}"] if reason else []
+    sentences += [headline(group, baseline) + "."]
+    pairs = [(a.seeds, (of(a) or 0) - (of(b) or 0)) for a, b in group.pairs(baseline)]
+    if len(pairs) > 1:
+        listed = ", ".join(f"{difference:+.4f} (seed {_seed(seeds)})" for seeds, difference in pairs)
+        mean, std = statistics.mean(d for _, d in pairs), statistics.stdev(d for _, d in pairs)
+        sentences.append(f"Seed by seed: {listed}; mean {mean:+.4f}, standard deviation {std:.4f}.")
+    if min(len(ours), len(theirs)) > 1:
+        spread = max(max(values) - min(values) for values in (ours, theirs))
+        is_more = abs(statistics.mean(ours) - statistics.mean(theirs)) > spread
+        sentences.append(
+            f"That is {'more' if is_more else 'NOT more'} than the spread over seeds "
+            f"({spread:.4f} from the lowest to the highest)."
+        )
+    else:
+        sentences.append("With one seed the spread over seeds is unknown.")
+    return " ".join(sentences)
+
+
+def report(groups: Sequence[Group]) -> str:
+    """The comparison in Markdown: verdicts, counts and losses, losses by bucket, the single runs, the settings."""
+    baseline = baseline_of(groups)
+    compared = compared_pairs(groups)
+    lines = ["# Comparison", ""]
+    lines += [f"- {verdict(*pair)}" for pair in compared] or ["- Nothing to compare: fewer than two finished groups."]
+    lines += ["", *_table(["", *[group.label for group in groups]], _facts(groups, baseline)), ""]
+    if baseline:
+        title = "loss where the last n-gram was seen in training"
+        lines += [*_table([title, *[g.label for g in groups if g.finished]], _buckets(groups, baseline)), ""]
+    lines += _table(["run", "seed", "step", "validation loss", "bits per byte", "tokens/s"], _runs(groups))
+    for group, other in compared:
+        here, there = (replace(g.config, name="", train__seed=0, data__seed=0) for g in (group, other))
+        changed = [f"- `{line}`" for line in differences(here, there)]
+        lines += ["", f"Settings of {group.label} (here) and {other.label} (there):", "", *(changed or ["- equal"])]
+    return "\n".join(lines) + "\n"
+
+
+def _facts(groups: Sequence[Group], baseline: Group | None) -> list[list[str]]:
+    counts = [parameters(group.config.model) for group in groups]
+    rows = [
+        ["seeds", *[", ".join(_seed(run.seeds) for run in group.runs) for group in groups]],
+        ["parameters", *[f"{count.total:,}" for count in counts]],
+        ["active per token", *[f"{count.active:,}" for count in counts]],
+        ["in memory tables", *[f"{count.memory:,}" for count in counts]],
+        ["steps", *[f"{group.runs[0].step:,}" for group in groups]],
+        ["tokens", *[f"{group.runs[0].step * group.runs[0].tokens_per_step:,}" for group in groups]],
+    ]
+    for metric in UNITS:
+        rows.append([NAMES[metric]])
+        for group in groups:
+            against = baseline if baseline and may_compare(group, baseline, metric) else None
+            rows[-1].append(_cell(group, against, lambda run, metric=metric: run.last(metric)))
+    speeds = [group.values(lambda run: run.tokens_per_second) for group in groups]
+    return [*rows, ["tokens/s (median)", *[f"{statistics.mean(s):,.0f}" if s else "-" for s in speeds]]]
+
+
+def _buckets(groups: Sequence[Group], baseline: Group) -> list[list[str]]:
+    rows = []
+    for name in bucket_names():
+        rows.append([f"{name} times"])
+        for group in groups:
+            if group.finished:
+                against = baseline if has_equal_buckets(group, baseline) else None
+                share = group.runs[0].bucket(name, "share")
+                losses = _cell(group, against, lambda run, name=name: run.bucket(name, "loss"))
+                rows[-1].append(losses if share is None else f"{losses}, {share:.1%} of tokens")
+    return rows
+
+
+def _runs(groups: Sequence[Group]) -> list[list[str]]:
+    return [
+        [
+            str(run.path),
+            _seed(run.seeds),
+            f"{run.step} of {run.config.train.steps}",
+            *["-" if (x := run.last(metric)) is None else f"{x:.4f}" for metric in UNITS],
+            "-" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
+        ]
+        for group in groups
+        for run in group.runs
+    ]
+
+
+def _cell(group: Group, against: Group | None, of: Callable[[Run], float | None]) -> str:
+    """`3.4120 ± 0.0080 [3.4031, 3.4190] (-0.1203)`: mean, standard deviation, range, difference from the baseline."""
+    values = group.values(of)
+    if not values:
+        return "-"
+    text = f"{statistics.mean(values):.4f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.4f} [{min(values):.4f}, {max(values):.4f}]"
+    theirs = against.values(of) if against else []
+    return text + (f" ({statistics.mean(values) - statistics.mean(theirs):+.4f})" if theirs else "")
+
+
+def _seed(seeds: tuple[int, int]) -> str:
+    """`1`, with the data's seed if that is neither the default nor the same."""
+    train, data = seeds
+    return str(train) if data in (0, train) else f"{train} (data {data})"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table whose columns line up when it is printed."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    cells = [header, ["-" * width for width in widths], *rows]
+    return [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit status, 2 after a mistake named in one line."""
+    options = tyro.cli(Options, args=list(arguments), prog="python -m experiments.compare", use_underscores=True)
+    try:
+        print(f"Picture and table: {compare(options.run_dirs, options.output)}")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -6,7 +6,8 @@
   NAME --run_dir DIR     where checkpoints and metrics go (default runs/NAME); the same command again resumes
   NAME --train.steps 50  overrides a field; tuples are written 1 4, booleans True or False
 
-Several names are trained one after the other, with the same overrides.
+Several names are trained one after the other, with the same overrides, and then compared (compare.png, compare.md).
+The first is the baseline.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Annotated
 import tyro
 
 from engram_jax.config import ConfigError, RunConfig, require, to_dict
+from engram_jax.training.errors import RunError
 from experiments.registry import RUNS, build, nearest
 
 
@@ -37,12 +39,15 @@ class Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Does what the command line `arguments` say; returns the exit status, 2 after a mistake named in one line."""
+    """Does what the command line `arguments` say; returns the exit status.
+
+    Errors are one line each: 2 after a mistake in the arguments, 1 if a run cannot go on.
+    """
     try:
         run(list(arguments))
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
@@ -59,6 +64,7 @@ def run(arguments: list[str]) -> None:
     require(bool(names), f"the run's name comes first: NAME {' '.join(overrides)}")
     # All are parsed before the first is trained: a mistake in the last name should not surface hours later.
     parsed = {name: parse(build(name), overrides) for name in names}
+    trained: list[Path] = []
     for name, options in parsed.items():
         if options.print:
             from engram_jax.counts import describe
@@ -68,7 +74,13 @@ def run(arguments: list[str]) -> None:
             from engram_jax.training.loop import train
 
             given = options.run_dir
-            train(options.config, given if given and len(parsed) == 1 else (given or Path("runs")) / name)
+            trained.append(given if given and len(parsed) == 1 else (given or Path("runs")) / name)
+            if train(options.config, trained[-1]).evaluation is None:
+                return  # stopped by the user, who does not want the next run either
+    if len(trained) > 1:
+        from experiments.compare import compare
+
+        print(f"Picture and table: {compare(trained)}")
 
 
 def parse(config: RunConfig, overrides: Sequence[str]) -> Options:

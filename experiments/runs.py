@@ -46,7 +46,7 @@ def moe_tiny() -> RunConfig:
     return RunConfig(
         model=model,
         data=DataConfig(corpus="python", seq_len=256, batch_size=16),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, muon_steps=(5, 0)),
         train=TrainConfig(steps=300, eval_every=100),
         checkpoint=CheckpointConfig(every=100),
     )

@@ -61,7 +61,7 @@ def _gates(parts: Parts, state: TrainState, buffer_T: jax.Array, length: jax.Arr
     rows = parts.store.fetch(state.memory, plan, state.step)
     model = parts.model(state.params, state.buffers)
     recorders = {layer: RecordingReader(reader) for layer, reader in model.engram.items()}
-    model.engram = nnx.Dict(recorders)
+    model.engram = nnx.Dict(recorders)  # type: ignore[assignment]  # called as a reader is
     model.hidden(tokens_BT, rows, segment_ids_BT)
     return {
         layer: jax.reshard(recorder.gate_btm[...], spec(None, None, None))[0] for layer, recorder in recorders.items()
@@ -82,7 +82,9 @@ def plot_gates(tokens: Sequence[str], gates: Mapping[str, np.ndarray]) -> Figure
     for gate_TM in list(gates.values())[:-1]:
         offset += gate_TM.shape[1]
         axes.axhline(offset - 0.5, color="white", linewidth=2)
-    axes.set_title(f"How far the gates open: mean {rows_RT.mean():.2f}, from {rows_RT.min():.2f} to {rows_RT.max():.2f}")
+    axes.set_title(
+        f"How far the gates open: mean {rows_RT.mean():.2f}, from {rows_RT.min():.2f} to {rows_RT.max():.2f}"
+    )
     figure.colorbar(image, label="gate", fraction=0.03, pad=0.01)
     return figure
 

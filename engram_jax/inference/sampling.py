@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +53,7 @@ def generate(
     vocab_size, length = parts.config.model.vocab_size, len(prompt_ids)
     require(length > 0, "the prompt is empty: begin it with the tokenizer's bos.")
     require(
-        0 <= min(prompt_ids) and max(prompt_ids) < vocab_size,
+        min(prompt_ids) >= 0 and max(prompt_ids) < vocab_size,
         f"the prompt holds ids outside 0..{vocab_size - 1}: use the tokenizer the model was trained with.",
     )
     buffer_T = np.zeros(-(-(length + sampling.max_tokens) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE, np.int32)
@@ -64,16 +63,12 @@ def generate(
         # Around each step, not around the loop: a suspended generator must not leave its mesh with the caller.
         with jax.set_mesh(parts.mesh):
             step_key = jax.random.fold_in(key, position)
-            token = int(_next_token(parts, sampling.temperature, sampling.top_k, state, buffer_T, position, step_key))
+            logits_V = _next_logits(parts, state, buffer_T, position)
+            token = int(_choose(logits_V, step_key, sampling.temperature, sampling.top_k))
         if token == eos_id:
             return
         buffer_T[position] = token
         yield token
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _next_token(parts, temperature, top_k, state, buffer_T, length, key) -> jax.Array:
-    return choose(next_logits(parts, state, buffer_T, length), key, temperature, top_k)
 
 
 def next_logits(parts: Parts, state: TrainState, buffer_T: jax.Array, length: jax.Array) -> jax.Array:
@@ -106,3 +101,8 @@ def choose(logits_V: jax.Array, key: jax.Array, temperature: float, top_k: int) 
     vocab_size = logits_V.shape[-1]
     values_K, ids_K = jax.lax.top_k(logits_V, min(top_k or vocab_size, vocab_size))
     return ids_K[jax.random.categorical(key, values_K / temperature)]
+
+
+# Two programs, because another temperature should not compile the model again.
+_next_logits = jax.jit(next_logits, static_argnums=0)
+_choose = jax.jit(choose, static_argnums=(2, 3))

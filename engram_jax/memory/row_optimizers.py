@@ -96,7 +96,7 @@ class CatchUpAdam:
         return {
             "m": jnp.zeros_like(rows_RD),
             "v": jnp.zeros_like(rows_RD),
-            "last_step": jnp.zeros(rows_RD.shape[:1], jnp.int32, out_sharding=_row_sharding(rows_RD)),
+            "last_step": jnp.zeros_like(rows_RD[:, 0], jnp.int32),
         }
 
     def read(self, rows_UD: jax.Array, slots: Slots, step: jax.Array) -> tuple[jax.Array, Slots]:
@@ -132,11 +132,6 @@ def _missed_moves(learning_rates: np.ndarray, b1: float, b2: float) -> np.ndarra
 def _at(series: np.ndarray, index: jax.Array, dtype) -> jax.Array:
     """series[index], the last entry going on beyond the end."""
     return jnp.asarray(series, dtype)[jnp.minimum(index, len(series) - 1)]
-
-
-def _row_sharding(rows_RD: jax.Array):
-    sharding = jax.typeof(rows_RD).sharding
-    return None if sharding.mesh.empty else jax.P(sharding.spec[0])
 
 
 ROW_OPTIMIZERS = {"catch_up_adam": CatchUpAdam, "dense_adam": DenseAdam}

@@ -56,7 +56,7 @@ def make_optimizer(
         # partition hands a group its own leaves and MaskedNode for the others.
         matrix_roles = jax.tree.map(lambda role: role if role.kind == "matrix" else optax.MaskedNode(), roles)
         matrix = optax.chain(
-            scale_by_muon(config.muon_momentum, config.muon_update_rms, matrix_roles),
+            scale_by_muon(config.muon_momentum, config.muon_update_rms, matrix_roles, config.muon_steps),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(schedule),
         )

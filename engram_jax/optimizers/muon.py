@@ -20,10 +20,9 @@ from jax.sharding import PartitionSpec as P
 from engram_jax.optimizers.roles import Role
 
 # a x + b (x xT) x + c (x xT)^2 x: the first grows small singular values fast but leaves them in about 0.7..1.2 (Jordan
-# 2024), the second settles them at 1. DeepSeek-V4 takes 8 and 2 steps; Moonlight takes 5 of the first.
+# 2024), the second settles them at 1.
 QUICK = (3.4445, -4.7750, 2.0315)
 SETTLE = (2.0, -1.5, 0.5)
-DEEPSEEK_V4 = (QUICK,) * 8 + (SETTLE,) * 2
 
 # Matrices orthogonalized together hold at most this many entries (2 MB). Ten steps one by one, in such chunks, and all
 # at once cost two CPU cores 61, 67, 98 ms of processor time for 72 matrices of 128 x 192 and 1.30, 1.25, 1.76 s for 60
@@ -80,13 +79,15 @@ def _divisor(number: int, at_most: int) -> int:
 
 
 def scale_by_muon(
-    momentum: float, update_rms: float, roles: Any, coefficients: Coefficients = DEEPSEEK_V4
+    momentum: float, update_rms: float, roles: Any, steps: tuple[int, int] = (8, 2)
 ) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalized and rescaled to a root mean square of `update_rms` per entry.
 
     Args:
       roles: tree of `Role` shaped like the updates.
+      steps: how many quick and how many settling Newton-Schulz steps.
     """
+    coefficients = (QUICK,) * steps[0] + (SETTLE,) * steps[1]
 
     def rescaled(x: jax.Array, role: Role) -> jax.Array:
         rows, columns = (math.prod(x.shape[dim] for dim in dims) for dims in (role.inputs, role.outputs))

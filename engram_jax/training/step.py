@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from engram_jax.model import NO_LOSS, updated_buffers
+from engram_jax.layers.cross_entropy import NO_LOSS
+from engram_jax.model import updated_buffers
 from engram_jax.sharding import spec
 from engram_jax.training.assembly import Parts
 from engram_jax.training.state import TrainState

@@ -8,17 +8,31 @@ import pytest
 
 from engram_jax.config import ConfigError, RunConfig, from_dict
 from engram_jax.counts import describe
+from engram_jax.training.errors import RunError
 from experiments.registry import RUNS, build
 from experiments.run import main
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The (config, run_dir) pairs that would have been trained."""
+    """The (config, run_dir) pairs that would have been trained; the runs are reported as finished."""
     calls = []
+
+    def train(config, run_dir):
+        calls.append((config, run_dir))
+        return types.SimpleNamespace(evaluation=object())
+
     loop = types.ModuleType("engram_jax.training.loop")
-    loop.train = lambda config, run_dir: calls.append((config, run_dir))
+    loop.train = train
     monkeypatch.setitem(sys.modules, "engram_jax.training.loop", loop)
+    return calls
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """The lists of run folders that would have been compared."""
+    calls = []
+    monkeypatch.setattr("experiments.compare.compare", lambda run_dirs: calls.append(run_dirs) or "compare.png")
     return calls
 
 
@@ -67,15 +81,35 @@ def test_a_run_is_trained_with_its_overrides(trained):
     assert run_dir == Path("runs/engram_tiny")
 
 
-def test_several_runs_share_overrides_in_order(trained):
+def test_several_runs_share_overrides_in_order_and_are_compared(trained, compared):
     assert main(["moe_tiny", "engram_tiny", "--train.steps", "30", "--run_dir", "out"]) == 0
     assert [(config.name, config.train.steps) for config, _ in trained] == [("moe_tiny", 30), ("engram_tiny", 30)]
     assert [run_dir for _, run_dir in trained] == [Path("out/moe_tiny"), Path("out/engram_tiny")]
+    assert compared == [[Path("out/moe_tiny"), Path("out/engram_tiny")]]
 
 
-def test_run_dir_of_one_run_is_taken_as_given(trained):
+def test_run_dir_of_one_run_is_taken_as_given(trained, compared):
     assert main(["moe_tiny", "--run_dir", "out"]) == 0
-    assert trained == [(build("moe_tiny"), Path("out"))]
+    assert trained == [(build("moe_tiny"), Path("out"))] and not compared
+
+
+def test_a_stopped_run_is_not_followed_by_the_next(monkeypatch, trained, compared):
+    def stopped(config, run_dir):
+        trained.append(config.name)
+        return types.SimpleNamespace(evaluation=None)
+
+    monkeypatch.setattr(sys.modules["engram_jax.training.loop"], "train", stopped)
+    assert main(["moe_tiny", "engram_tiny"]) == 0
+    assert trained == ["moe_tiny"] and not compared
+
+
+def test_a_run_that_cannot_go_on_says_so_in_one_line(capsys, monkeypatch, trained):
+    def fail(config, run_dir):
+        raise RunError("Step 7: loss is nan, so the run stops.")
+
+    monkeypatch.setattr(sys.modules["engram_jax.training.loop"], "train", fail)
+    assert main(["moe_tiny"]) == 1
+    assert capsys.readouterr().err == "error: Step 7: loss is nan, so the run stops.\n"
 
 
 def test_print_shows_config_and_counts_and_trains_nothing(capsys, trained):

@@ -21,7 +21,11 @@ KINDS = {
 
 def make(kind):
     """A layer whose weights are large enough for scores that matter."""
-    return make_attention(ModelConfig(hidden_size=16, attention=KINDS[kind], initializer_range=0.4), rngs=nnx.Rngs(3))
+    config = ModelConfig(hidden_size=16, attention=KINDS[kind], initializer_range=0.4)
+    return jax.jit(lambda: make_attention(config, rngs=nnx.Rngs(3)))()
+
+
+call = jax.jit(lambda layer, *args: layer(*args))
 
 
 def packed(batch=2, length=11):
@@ -82,7 +86,7 @@ def test_layer_equals_a_loop(kind, loop):
     positions, segments = packed()
     with jax.enable_x64(True):
         layer = make(kind)
-        y = layer(jnp.asarray(x), positions, segments)
+        y = call(layer, jnp.asarray(x), positions, segments)
     np.testing.assert_allclose(y, loop(layer, x, np.asarray(positions), np.asarray(segments)), rtol=0, atol=1e-9)
 
 
@@ -101,8 +105,8 @@ def test_attention_gradients_equal_a_plain_softmax(kv_heads):
     with jax.enable_x64(True):
         args = tuple(jnp.asarray(a) for a in (q, k, v))
         g = jnp.asarray(rng.normal(size=(2, 9, 4, 3)))
-        expected, expected_vjp = jax.vjp(plain, *args)
-        y, vjp = jax.vjp(lambda *a: attention(*a, causal_mask(9, segments)), *args)
+        expected, expected_vjp = jax.vjp(jax.jit(plain), *args)
+        y, vjp = jax.vjp(jax.jit(lambda *a: attention(*a, causal_mask(9, segments))), *args)
         np.testing.assert_allclose(y, expected, rtol=0, atol=1e-12)
         for got, want in zip(vjp(g), expected_vjp(g), strict=True):
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
@@ -113,7 +117,7 @@ def test_attention_gradients_equal_a_plain_softmax(kv_heads):
 def test_reads_exactly_the_past_of_its_own_document(kind, with_segments):
     layer, x = make(kind), jax.random.normal(jax.random.key(1), (1, 11, 16))
     positions, segments = packed(batch=1)
-    jacobian = jax.jacrev(lambda x: layer(x, positions, segments if with_segments else None).sum(-1)[0])(x)
+    jacobian = jax.jit(jax.jacrev(lambda x: layer(x, positions, segments if with_segments else None).sum(-1)[0]))(x)
     reads_TS = np.abs(jacobian[:, 0]).max(-1) > 0
     same = np.asarray(segments[0][:, None] == segments[0][None]) if with_segments else True
     np.testing.assert_array_equal(reads_TS, np.tril(np.ones((11, 11), bool)) & same)
@@ -124,7 +128,7 @@ def test_another_document_changes_nothing_not_even_a_bit(kind):
     layer, (positions, segments) = make(kind), packed()
     x = jax.random.normal(jax.random.key(1), (2, 11, 16))
     other = jnp.where(segments[..., None] == 1, 100 * x, x)
-    y, y_other = layer(x, positions, segments), layer(other, positions, segments)
+    y, y_other = call(layer, x, positions, segments), call(layer, other, positions, segments)
     np.testing.assert_array_equal(y[:, 4:], y_other[:, 4:])
     assert np.abs(y[:, :4] - y_other[:, :4]).max() > 0
 
@@ -164,7 +168,9 @@ def test_a_2x4_mesh_gives_the_single_device_output_and_gradients(kind):
 
 def test_parameters_have_the_published_shapes_and_the_layer_stacks():
     config = ModelConfig(hidden_size=16, attention=KINDS["mla"], num_hidden_layers=8, initializer_range=1.0)
-    stacked = jax.vmap(lambda key: make_attention(config, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 64))
+    stacked = jax.jit(jax.vmap(lambda key: make_attention(config, rngs=nnx.Rngs(key))))(
+        jax.random.split(jax.random.key(0), 64)
+    )
     shapes = {name: a.shape[1:] for name, a in nnx.to_pure_dict(nnx.state(stacked)).items() if name != "kv_norm"}
     assert shapes == {"q_dnh": (16, 2, 10), "kv_down_dr": (16, 11), "kv_up_rnh": (7, 2, 11), "o_nhd": (2, 5, 16)}
     assert isinstance(stacked, MLA) and isinstance(make("gqa"), GQA)
@@ -176,7 +182,7 @@ def test_parameters_have_the_published_shapes_and_the_layer_stacks():
 def test_bfloat16_stays_near_float32():
     layer, (positions, segments) = make("mla"), packed()
     x = jax.random.normal(jax.random.key(1), (2, 11, 16))
-    y = layer(x.astype(jnp.bfloat16), positions, segments)
+    y = call(layer, x.astype(jnp.bfloat16), positions, segments)
     assert y.dtype == jnp.bfloat16
-    exact = layer(x, positions, segments)
+    exact = call(layer, x, positions, segments)
     assert np.linalg.norm(y.astype(jnp.float32) - exact) < 0.03 * np.linalg.norm(exact)

@@ -1,5 +1,7 @@
 """The three forms of the routed experts against each other and a NumPy loop; routing, balance, and the 2x4 mesh."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,10 @@ pytestmark = pytest.mark.newest
 def make(**moe):
     settings = {"n_routed_experts": 6, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 10}
     config = ModelConfig(hidden_size=16, moe=MoEConfig(**(settings | moe)), initializer_range=0.4)
-    return MoE(config, rngs=nnx.Rngs(3))
+    return jax.jit(lambda: MoE(config, rngs=nnx.Rngs(3)))()
+
+
+call = jax.jit(lambda layer, *args: layer(*args))
 
 
 def silu(x):
@@ -36,17 +41,18 @@ def routings(rng, tokens, experts, k):
 @pytest.mark.parametrize("form", [ragged, blocked])
 def test_forms_equal_every_expert_in_value_and_all_gradients(form, tokens, experts, k):
     rng = np.random.default_rng()
-    D, F = 8, 6
+    D, F, forms = 8, 6, (form, every_expert)
     shapes = (tokens, D), (tokens, k), (experts, D, F), (experts, D, F), (experts, F, D)
+
+    @partial(jax.jit, static_argnums=0)
+    def value_and_gradients(f, g, ids, *args):
+        y, vjp = jax.vjp(lambda x, *rest: f(x, ids, *rest), *args)
+        return y, *vjp(g)
+
     for ids in routings(rng, tokens, experts, k):
         with jax.enable_x64(True):
-            args = [jnp.asarray(rng.normal(size=s)) for s in shapes]
-            g = jnp.asarray(rng.normal(size=(tokens, D)))
-            results = []
-            for f in (form, every_expert):
-                run = jax.jit(lambda x, *rest, f=f, ids=jnp.asarray(ids, jnp.int32): f(x, ids, *rest))
-                y, vjp = jax.vjp(run, *args)
-                results.append([y, *vjp(g)])
+            args = [jnp.asarray(rng.normal(size=s)) for s in ((tokens, D), *shapes)]
+            results = [value_and_gradients(f, args[0], jnp.asarray(ids, jnp.int32), *args[1:]) for f in forms]
         for got, want in zip(*results, strict=True):
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-11)
 
@@ -108,7 +114,7 @@ def test_layer_is_shared_plus_routed_and_differentiable_in_the_router(implementa
     routing = route(x, layer.router_de[...], layer.balance_bias[...], layer.config)
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, routing.expert_ids_BTK, routing.weights_BTK))
     routed = every_expert(*flat, layer.gate_edf[...], layer.up_edf[...], layer.down_efd[...]).reshape(x.shape)
-    np.testing.assert_allclose(layer(x)[0], routed + layer.shared(x), atol=2e-6)
+    np.testing.assert_allclose(call(layer, x)[0], routed + layer.shared(x), atol=2e-6)
     grads = [jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(x)[0]))))(m) for m in (layer, reference)]
     assert np.abs(grads[0].router_de[...]).max() > 1e-3
     for got, want in zip(*(jax.tree.leaves(g) for g in grads), strict=True):
@@ -120,7 +126,7 @@ def test_stats_equal_a_loop_and_leave_padding_out():
     layer.balance_bias[...] = jnp.asarray(rng.normal(size=6), jnp.float32)
     x = jnp.asarray(rng.normal(size=(4, 7, 16)), jnp.float32)
     segments = jnp.asarray([[1] * 7, [1, 1, 2, 2, 0, 0, 0], [3] + [0] * 6, [0] * 7])
-    stats = layer(x, segments)[1]
+    stats = call(layer, x, segments)[1]
     routing = route(x, layer.router_de[...], layer.balance_bias[...], layer.config)
     scores, count, losses = np.asarray(routing.scores_BTE, np.float64), np.zeros(6), []
     for b in range(3):
@@ -134,19 +140,19 @@ def test_stats_equal_a_loop_and_leave_padding_out():
     np.testing.assert_allclose(stats.load_E, count / count.sum(), rtol=1e-6)
     np.testing.assert_allclose(stats.seq_aux, np.mean(losses), rtol=1e-5)
     changed = jnp.where(segments[..., None] == 0, -x, x)
-    for got, want in zip(jax.tree.leaves(layer(changed, segments)[1]), jax.tree.leaves(stats), strict=True):
+    for got, want in zip(jax.tree.leaves(call(layer, changed, segments)[1]), jax.tree.leaves(stats), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
 def test_padding_tokens_do_not_change_real_ones():
     layer, x = make(), jax.random.normal(jax.random.key(1), (2, 9, 16))
     segments = jnp.asarray([[1] * 6 + [0] * 3] * 2)
-    y, other = layer(x, segments)[0], layer(jnp.where(segments[..., None] == 0, 5.0, x), segments)[0]
+    y, other = (call(layer, a, segments)[0] for a in (x, jnp.where(segments[..., None] == 0, 5.0, x)))
     np.testing.assert_allclose(y[:, :6], other[:, :6], atol=1e-6)
 
 
 def test_all_padding_gives_finite_stats():
-    stats = make()(jnp.ones((1, 4, 16)), jnp.zeros((1, 4), jnp.int32))[1]
+    stats = call(make(), jnp.ones((1, 4, 16)), jnp.zeros((1, 4), jnp.int32))[1]
     np.testing.assert_array_equal(stats.load_E, 0)
     assert stats.seq_aux == 0
 
@@ -172,7 +178,7 @@ def test_updated_bias_moves_by_the_sign():
 def test_no_shared_expert():
     layer, x = make(n_shared_experts=0), jax.random.normal(jax.random.key(1), (1, 5, 16))
     assert layer.shared is None
-    assert np.abs(layer(x)[0]).max() > 0
+    assert np.abs(call(layer, x)[0]).max() > 0
 
 
 @pytest.mark.parametrize("implementation", ["blocked", "ragged"])
@@ -207,7 +213,7 @@ def test_stacks_scans_and_rematerialises(implementation):
             n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, implementation=implementation
         ),
     )
-    stacked = jax.vmap(lambda key: MoE(config, rngs=nnx.Rngs(key)))(jax.random.split(jax.random.key(0), 3))
+    stacked = jax.jit(jax.vmap(lambda key: MoE(config, rngs=nnx.Rngs(key))))(jax.random.split(jax.random.key(0), 3))
     x = jax.random.normal(jax.random.key(1), (2, 5, 16))
 
     def scanned(layers, x):
@@ -228,8 +234,8 @@ def test_bfloat16_accumulates_in_float32(form):
     ids = jnp.asarray(np.argsort(rng.random((64, 4)))[:, :2], jnp.int32)
     shapes = (64, 512), (64, 2), (4, 512, 32), (4, 512, 32), (4, 32, 512)
     x, weights, *experts = (jnp.asarray(rng.normal(size=s), jnp.float32) / 8 for s in shapes)
-    y = form(x.astype(jnp.bfloat16), ids, weights, *experts)
+    y = jax.jit(form)(x.astype(jnp.bfloat16), ids, weights, *experts)
     rounded = [w.astype(jnp.bfloat16).astype(jnp.float32) for w in (x, *experts)]
-    exact = every_expert(rounded[0], ids, weights, *rounded[1:])
+    exact = jax.jit(every_expert)(rounded[0], ids, weights, *rounded[1:])
     assert y.dtype == jnp.bfloat16
     assert np.linalg.norm(y.astype(jnp.float32) - exact) < 0.006 * np.linalg.norm(exact)

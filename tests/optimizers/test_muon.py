@@ -8,10 +8,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from engram_jax.optimizers.muon import DEEPSEEK_V4, orthogonalize, scale_by_muon
+from engram_jax.optimizers.muon import QUICK, SETTLE, orthogonalize, scale_by_muon
 from engram_jax.optimizers.roles import ROLES, Role
 from engram_jax.sharding import make_mesh
 
+DEEPSEEK_V4 = (QUICK,) * 8 + (SETTLE,) * 2
 # name -> (shape, rows and columns of each of its matrices, how to take matrix (index) out of the array)
 WEIGHTS = {
     "q_dnh": ((3, 16, 4, 6), (16, 24), lambda x: [m.reshape(16, 24) for m in x]),
