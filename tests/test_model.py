@@ -11,10 +11,11 @@ from flax import nnx
 
 from engram_jax import counts
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig, replace
+from engram_jax.layers.cross_entropy import NO_LOSS
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.row_optimizers import DenseAdam
 from engram_jax.memory.store import MemoryStore
-from engram_jax.model import NO_LOSS, Model, segments, split
+from engram_jax.model import Model, segments, split
 
 CONFIG = ModelConfig(
     vocab_size=60,
@@ -34,10 +35,9 @@ B, T = 2, 24
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles():
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def stir(tree, rng, scale=0.2):

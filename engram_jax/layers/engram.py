@@ -9,7 +9,6 @@ Legend: B batch, T seq, H rows per token, D hidden size, M residual streams, E m
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +37,7 @@ GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def gate_scores(x_BTMD: jax.Array, key_BTMD: jax.Array, gain_MD: jax.Array, eps: float) -> jax.Array:
+def _gate_scores(x_BTMD: jax.Array, key_BTMD: jax.Array, gain_MD: jax.Array, eps: float) -> jax.Array:
     """RMSNorm(x) . RMSNorm(key) / sqrt(D) per stream (eq. 6), with the product of the two norms' gains: [B, T, M].
 
     Three sums over D and no normalised copy of either operand; x and key are read once in each direction.
@@ -69,11 +67,11 @@ def _gate_scores_backward(eps, residuals, d_score):
     return d_x.astype(x_BTMD.dtype), d_key.astype(key_BTMD.dtype), d_gain.astype(gain_MD.dtype)
 
 
+gate_scores = jax.custom_vjp(_gate_scores, nondiff_argnums=(3,))
 gate_scores.defvjp(_gate_scores_forward, _gate_scores_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def gated_short_conv(
+def _gated_short_conv(
     gate_BTM: jax.Array,
     value_BTD: jax.Array,
     norm_gain_MD: jax.Array,
@@ -162,6 +160,7 @@ def _short_conv_backward(dilation, eps, residuals, d_y_BTMD):
     )
 
 
+gated_short_conv = jax.custom_vjp(_gated_short_conv, nondiff_argnums=(5, 6))
 gated_short_conv.defvjp(_short_conv_forward, _short_conv_backward)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,7 @@ class Parts:
         return TrainState(step, params, buffers, self.optimizer.init(params), memory)
 
 
-def assemble(config: RunConfig, tokenizer: Tokenizer, devices: list[jax.Device] | None = None) -> Parts:
+def assemble(config: RunConfig, tokenizer: Tokenizer, devices: Sequence[Any] | None = None) -> Parts:
     """Checks a run against its tokenizer and the devices, and builds its parts; no array is made yet.
 
     Raises:
@@ -80,7 +82,7 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, devices: list[jax.Device] 
     return Parts(config, mesh, store, graphdef, make_optimizer(optimizer, schedule, params), schedule)
 
 
-def _mesh(config: RunConfig, devices: list[jax.Device] | None) -> Mesh:
+def _mesh(config: RunConfig, devices: Sequence[Any] | None) -> Mesh:
     try:
         mesh = make_mesh(config.train.mesh_data, config.train.mesh_fsdp, devices)
     except ValueError as error:

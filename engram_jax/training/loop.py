@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from engram_jax.config import ConfigError, RunConfig, differences, from_dict, to_dict
 from engram_jax.data.loader import TextData, eval_batches, load_data, train_batches
@@ -87,9 +87,8 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
         # --- state: restored, or new ---
         meta = _meta(config, text, parts)
         checkpoints.check_room(parts.abstract_state())
-        state = checkpoints.restore(parts.abstract_state(), lambda saved: _check_meta(saved, meta))
-        if state is None:
-            state = parts.init_state()
+        restored = checkpoints.restore(parts.abstract_state(), lambda saved: _check_meta(saved, meta))
+        state = restored if restored is not None else parts.init_state()
         first_step = int(state.step)
         if first_step:
             log(f"Resumed at step {first_step} of {config.train.steps}.")
@@ -98,7 +97,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
 
         def validate(max_batches: int, counts: NgramCounts | None = None) -> Evaluation:
             batches = eval_batches(text.validation, config.data.batch_size, max_batches)
-            losses = lambda batch: eval_step(state, _to_devices(batch, parts))  # noqa: E731
+            losses = lambda batch: eval_step(state, to_devices(batch, parts.mesh))  # noqa: E731
             return evaluate(losses, batches, text.tokenizer.byte_lengths(), counts)
 
         # --- steps ---
@@ -134,7 +133,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
 
             step = first_step
             while step < config.train.steps and not stop.requested:
-                state, metrics = train_step(state, _to_devices(next(batches), parts))
+                state, metrics = train_step(state, to_devices(next(batches), parts.mesh))
                 step += 1
                 if pending is not None:
                     report(*pending)
@@ -203,8 +202,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _to_devices(batch: dict[str, np.ndarray], parts: Parts) -> dict[str, jax.Array]:
-    sharding = NamedSharding(parts.mesh, spec("batch", "seq"))  # type: ignore[arg-type]
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    sharding = NamedSharding(mesh, spec("batch", "seq"))  # type: ignore[arg-type]
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 

@@ -69,7 +69,7 @@ def make_train_step(parts: Parts) -> Callable[[TrainState, Batch], tuple[TrainSt
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
         new_state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=jax.tree.map(jnp.add, state.params, updates),
             buffers=updated_buffers(state.buffers, stats, config.model),
             opt_state=opt_state,
             memory=store.update(state.memory, plan, row_grads, state.step),

@@ -28,18 +28,12 @@ from engram_jax.data.tokenizer import train_tokenizer
 def quick_compiles(tmp_path_factory):
     """Yields the folder of compiled programs, for subprocesses to share."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("compiled"))
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": folder,
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()  # jax looks for the folder once, and other tests may have compiled before
     yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
 
 

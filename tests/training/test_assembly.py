@@ -1,0 +1,56 @@
+"""What does not fit is refused before any array is made."""
+
+import jax
+import pytest
+
+from engram_jax.config import ConfigError, EngramConfig, replace
+from engram_jax.sharding import spec
+from engram_jax.training.assembly import assemble
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__vocab_size": 320}, r"vocab_size=320.*300"),
+        ({"model__engram__engram_compressed_vocab_size": 7}, r"engram_compressed_vocab_size=7.*\d+"),
+        ({"data__batch_size": 12}, r"data.batch_size=12 .* leaves 12 sequences .* 8 devices"),
+        ({"data__batch_size": 16, "train__grad_accum": 4}, r"grad_accum=4 leaves 4 sequences .* 8 devices"),
+        ({"train__mesh_fsdp": 8, "model__hidden_size": 28}, r"model.hidden_size=28 .* train.mesh_fsdp=8"),
+        ({"train__mesh_fsdp": 3}, r"fsdp=3 does not use all 8 devices"),
+        ({"train__mesh_data": 4, "train__mesh_fsdp": 4}, r"data=4 x fsdp=4 does not use all 8 devices"),
+        ({"optimizer__warmup_steps": 12}, r"optimizer.warmup_steps=12 .* train.steps=12"),
+    ],
+)
+def test_refused(config, tokenizer, changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        assemble(replace(config, **changes), tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_the_resolved_config_leaves_nothing_to_find_out(config, tokenizer):
+    parts = assemble(config, tokenizer)
+    size = parts.config.model.engram.engram_compressed_vocab_size
+    assert 0 < size <= 300
+    assert replace(parts.config, model__engram__engram_compressed_vocab_size=0) == config
+    assert assemble(parts.config, tokenizer).config == parts.config
+
+
+def test_without_memory_there_is_no_table(config, tokenizer):
+    parts = assemble(replace(config, model__engram=EngramConfig()), tokenizer)
+    with jax.set_mesh(parts.mesh):
+        assert parts.abstract_state().memory.tables == {}
+
+
+def test_the_state_is_sharded_at_birth_as_abstract_state_says(config, tokenizer):
+    parts = assemble(replace(config, train__mesh_fsdp=4), tokenizer)
+    with jax.set_mesh(parts.mesh):
+        state, abstract = parts.init_state(), parts.abstract_state()
+        stored = spec("layers", "experts", "embed", "ffn")
+    described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract)
+    assert described == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+    gate = state.params["blocks"]["00-01"]["ffn"]["gate_edf"]
+    assert gate.sharding.spec == stored and "fsdp" in stored
+    assert gate.addressable_shards[0].data.size == gate.size // 4
+    momentum = jax.tree.leaves_with_path(state.opt_state)
+    of_gate = [x for path, x in momentum if path[-1] == jax.tree_util.DictKey("gate_edf")]
+    assert of_gate and all(x.sharding == gate.sharding for x in of_gate)
