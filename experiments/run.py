@@ -17,6 +17,7 @@ import dataclasses
 import inspect
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +99,7 @@ def parse(config: RunConfig, overrides: Sequence[str]) -> Options:
                 default=Options(config),
                 args=list(overrides),
                 prog=f"python -m experiments.run {config.name}",
-                description=_doc(config.name),
+                description=re.sub(r"(?<!\n)\n(?!\n)", "\n\n", _doc(config.name)),  # tyro joins single lines
                 config=(tyro.conf.AvoidSubcommands,),
                 use_underscores=True,
                 return_unknown_args=True,

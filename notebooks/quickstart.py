@@ -219,7 +219,9 @@ plt.show()
 table = result.state.memory.tables[str(layer)]
 touched = np.asarray(table.slots["last_step"]) > 0
 print(f"{touched.sum():,} of {touched.size:,} rows were read and updated at least once ({touched.mean():.1%}).")
-print(f"Held-out loss {result.evaluation.loss:.3f} nats per token, {result.evaluation.bits_per_byte:.3f} bits per byte.")
+print(
+    f"Held-out loss {result.evaluation.loss:.3f} nats per token, {result.evaluation.bits_per_byte:.3f} bits per byte."
+)
 
 # %% [markdown]
 # ## A sample
@@ -232,7 +234,9 @@ from engram_jax.inference.sampling import Sampling, generate
 
 prompt = "def __init__(self"
 sampling = Sampling(max_tokens=120, temperature=0.7)
-new_ids = generate(result.parts, result.state, [tokenizer.bos_id, *tokenizer.encode(prompt)], sampling, tokenizer.eos_id)
+new_ids = generate(
+    result.parts, result.state, [tokenizer.bos_id, *tokenizer.encode(prompt)], sampling, tokenizer.eos_id
+)
 print(prompt + tokenizer.decode(list(new_ids)))
 
 # %% [markdown]

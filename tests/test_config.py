@@ -58,7 +58,11 @@ ENGRAM = EngramConfig(engram_layer_ids=(1,), engram_vocab_size=(10, 20))
         (lambda: TrainConfig(grad_accum=0), "grad_accum", "0"),
         (lambda: TrainConfig(log_every=0), "log_every", "0"),
         (lambda: CheckpointConfig(keep=0), "keep", "0"),
-        (lambda: RunConfig(data=DataConfig(batch_size=6), train=TrainConfig(grad_accum=4)), "batch_size", "grad_accum=4"),
+        (
+            lambda: RunConfig(data=DataConfig(batch_size=6), train=TrainConfig(grad_accum=4)),
+            "batch_size",
+            "grad_accum=4",
+        ),
     ],
 )
 def test_a_wrong_value_is_named(make, field, value):

@@ -46,7 +46,9 @@ def test_spec_names_mesh_axes():
 
 
 def test_the_table_names_mesh_axes_only():
-    axes = {axis for value in LOGICAL_TO_MESH.values() if value for axis in ([value] if isinstance(value, str) else value)}
+    axes = {
+        axis for value in LOGICAL_TO_MESH.values() if value for axis in ([value] if isinstance(value, str) else value)
+    }
     assert axes == set(MESH_AXES)
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tokenizers import Tokenizer
 
 from engram_jax.config import ConfigError, RunConfig, replace, require
@@ -45,7 +46,13 @@ class Parts:
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, for restoring. Call under `jax.set_mesh(parts.mesh)`."""
-        return jax.eval_shape(self._init)
+
+        def on_devices(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            # eval_shape knows the mesh's axes but not its devices, and nothing of optax's replicated counters.
+            dims = P() if x.sharding is None else x.sharding.spec
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, dims))
+
+        return jax.tree.map(on_devices, jax.eval_shape(self._init))
 
     def _init(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)

@@ -7,7 +7,7 @@ tokenizer and corpus): all that must agree before the state means anything.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,21 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 class Checkpoints:
     """The checkpoints of one run. Use as a context manager: leaving it waits for the last write, also on an error."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig, log: Callable[[str], None] = print):
-        self.directory, self.log = directory.absolute(), log
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        log: Callable[[str], None] = print,
+        read_only: bool = False,
+    ):
+        """`read_only` changes nothing in the folder, in which a run may be writing just now."""
+        self.directory, self.log, self.read_only = directory.absolute(), log, read_only
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in sorted(self.directory.glob(f"*{UNFINISHED}*")):
-            log(f"Checkpoint {leftover.name.split('.')[0]} was only half written when the run ended: skipped.")
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(read_only=True)
+        if not read_only:
+            for leftover in sorted(self.directory.glob(f"*{UNFINISHED}*")):
+                log(f"Checkpoint {leftover.name.split('.')[0]} was only half written when the run ended: skipped.")
+            options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
 
     def __enter__(self) -> Checkpoints:
@@ -76,41 +85,49 @@ class Checkpoints:
                 f"{self._last_good()} Free some space, then give the same command again."
             )
 
-    def read_meta(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
     def restore(self, abstract: TrainState, check: Callable[[dict[str, Any]], None]) -> TrainState | None:
         """The newest state that can be read, or None. `check` sees the meta first and raises if it does not fit.
 
-        A checkpoint that cannot be read is named and skipped, and the one before it is taken.
+        A checkpoint that cannot be read is named and the one before it is taken.
 
         Raises:
           RunError: there are checkpoints, but none can be read.
         """
-        problems = []
+        problems: dict[int, str] = {}
         for step in reversed(self.steps):
-            try:
-                meta = self.read_meta(step)
-            except (OSError, ValueError, KeyError) as error:
-                problems.append(self._unreadable(step, error))
+            meta = self._read(step, problems, meta=ocp.args.JsonRestore())
+            if meta is None:
                 continue
-            check(meta)
-            try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                return self._manager.restore(step, args=args)["state"]
-            except (OSError, ValueError, KeyError) as error:
-                problems.append(self._unreadable(step, error))
+            check(meta["meta"])
+            state = self._read(step, problems, state=ocp.args.StandardRestore(abstract))
+            if state is not None:
+                self._set_aside(problems)
+                return state["state"]
         if problems:
             raise RunError(
-                f"No checkpoint in {self.directory} can be read ({'; '.join(problems)}). "
+                f"No checkpoint in {self.directory} can be read "
+                f"({'; '.join(f'{step}: {reason}' for step, reason in problems.items())}). "
                 "Restore the folder from a copy, or delete it to start again."
             )
         return None
 
-    def _unreadable(self, step: int, error: Exception) -> str:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        self.log(f"Checkpoint {step} cannot be read ({reason}): skipped.")
-        return f"{step}: {reason}"
+    def _read(self, step: int, problems: dict[int, str], **items: ocp.args.CheckpointArgs) -> Any | None:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (OSError, ValueError, KeyError) as error:
+            problems[step] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            self.log(f"Checkpoint {step} cannot be read ({problems[step]}): skipped.")
+            return None
+
+    def _set_aside(self, steps: Iterable[int]) -> None:
+        """Renames checkpoints that cannot be read: Orbax saves no step that is not beyond the newest one it sees."""
+        if self.read_only or jax.process_index() != 0:
+            return
+        for step in steps:
+            aside = self.directory / f"{step}.unreadable"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.directory / str(step)).rename(aside)
+        self._manager.reload()
 
     def _failed(self, error: OSError) -> RunError:
         return RunError(f"A checkpoint could not be written to {self.directory}: {error}. {self._last_good()}")

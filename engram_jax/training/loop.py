@@ -26,7 +26,7 @@ from engram_jax.sharding import spec
 from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.checkpoint import Checkpoints
 from engram_jax.training.errors import RunError
-from engram_jax.training.metrics import MetricsWriter, Progress, duration
+from engram_jax.training.metrics import MetricsWriter, Progress, duration, read_metrics
 from engram_jax.training.state import TrainState
 from engram_jax.training.step import make_eval_step, make_train_step
 
@@ -74,7 +74,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
     )
     parts = assemble(config, text.tokenizer.backend)
     config = parts.config
-    _claim(run_dir, config, text)
+    _check_folder(run_dir, config)
     log(
         f"Run {config.name} in {run_dir}: {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}."
     )
@@ -87,11 +87,14 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
         # --- state: restored, or new ---
         meta = _meta(config, text, parts)
         checkpoints.check_room(parts.abstract_state())
-        restored = checkpoints.restore(parts.abstract_state(), lambda saved: _check_meta(saved, meta))
+        restored = checkpoints.restore(parts.abstract_state(), lambda saved: _check_meta(saved, meta, parts))
         state = restored if restored is not None else parts.init_state()
         first_step = int(state.step)
-        if first_step:
+        if first_step == config.train.steps:
+            log(f"All {first_step} steps are done already: only the evaluation is repeated.")
+        elif first_step:
             log(f"Resumed at step {first_step} of {config.train.steps}.")
+        _describe(run_dir, config, text)
 
         train_step, eval_step = make_train_step(parts), make_eval_step(parts)
 
@@ -163,14 +166,17 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
                 return TrainResult(state, parts, text, None)
 
             # --- the last evaluation, on everything held out ---
-            order = max(config.model.engram.engram_max_ngram_size, 3)
-            counts = NgramCounts.of(text.train.stream.tokens, order)
+            counts = NgramCounts.of(text.train.stream.tokens, order=3)
             evaluation = validate(config.train.eval_batches_final, counts)
             final = {"validation_loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
-            writer.write(step, final)
+            if {"step": step, **final} not in read_metrics(run_dir):  # a finished run, started again
+                writer.write(step, final)
         checkpoints.wait()
 
-    _write_json(run_dir / "result.json", {"name": config.name, "step": step, **evaluation.to_dict()})
+    _write_json(
+        run_dir / "result.json",
+        {"name": config.name, "step": step, "corpus_sha256": text.corpus_sha256, **evaluation.to_dict()},
+    )
     log(
         f"Done: {config.name}, {step} steps, validation loss {evaluation.loss:.4f}, "
         f"{evaluation.bits_per_byte:.4f} bits/byte, in {duration(time.perf_counter() - started)}."
@@ -191,7 +197,10 @@ def load_run(run_dir: Path, log: Log = print) -> tuple[TrainState, Parts]:
     config = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
     config = replace(config, train=replace(config.train, mesh_data=1, mesh_fsdp=1))
     parts = assemble(config, load_tokenizer(run_dir / "tokenizer.json").backend, jax.devices()[:1])
-    with jax.set_mesh(parts.mesh), Checkpoints(run_dir / "checkpoints", config.checkpoint, log) as checkpoints:
+    with (
+        jax.set_mesh(parts.mesh),
+        Checkpoints(run_dir / "checkpoints", config.checkpoint, log, read_only=True) as checkpoints,
+    ):
         state = checkpoints.restore(parts.abstract_state(), lambda saved: _check_constants(saved, parts))
     if state is None:
         raise RunError(f"{run_dir} has no checkpoint yet: let the run reach its first one.")
@@ -207,21 +216,28 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
-def _claim(run_dir: Path, config: RunConfig, text: TextData) -> None:
-    """Makes the folder this run's, or raises `ConfigError` if it holds a run with other settings."""
+def _check_folder(run_dir: Path, config: RunConfig) -> None:
+    """Raises `ConfigError` if the folder holds a run with other settings."""
     saved = run_dir / "config.json"
     if saved.exists():
-        other = from_dict(RunConfig, json.loads(saved.read_text()))
-        changed = [line for line in differences(config, other) if not line.startswith(FREE_TO_CHANGE)]
-        if changed:
-            raise ConfigError(
-                f"{run_dir} holds a run with other settings ({'; '.join(changed)}). "
-                "Give this one its own --run_dir, or delete that folder to start again."
-            )
-    run_dir.mkdir(parents=True, exist_ok=True)
+        _check_config(config, json.loads(saved.read_text()), f"{run_dir} holds a run")
+
+
+def _check_config(ours: RunConfig, saved: dict[str, Any], whose: str) -> None:
+    changed = differences(ours, from_dict(RunConfig, saved))
+    changed = [line for line in changed if not line.startswith(FREE_TO_CHANGE)]
+    if changed:
+        raise ConfigError(
+            f"{whose} with other settings ({'; '.join(changed)}). "
+            "Give this one its own --run_dir, or delete that folder to start again."
+        )
+
+
+def _describe(run_dir: Path, config: RunConfig, text: TextData) -> None:
+    """Only now that nothing has been found against it: what the checkpoints need must not be overwritten by less."""
     if jax.process_index() == 0:
         text.tokenizer.save(run_dir / "tokenizer.json")
-        _write_json(saved, to_dict(config))
+        _write_json(run_dir / "config.json", to_dict(config))
 
 
 def _meta(config: RunConfig, text: TextData, parts: Parts) -> dict[str, Any]:
@@ -242,19 +258,16 @@ def _check_constants(saved: dict[str, Any], parts: Parts) -> None:
         )
 
 
-def _check_meta(saved: dict[str, Any], ours: dict[str, Any]) -> None:
-    _check = {"tokenizer_sha256": "tokenizer", "corpus_sha256": "corpus"}
-    for name, what in _check.items():
+def _check_meta(saved: dict[str, Any], ours: dict[str, Any], parts: Parts) -> None:
+    _check_config(parts.config, saved["config"], "The checkpoint belongs to a run")
+    for name, what in {"tokenizer_sha256": "tokenizer", "corpus_sha256": "corpus"}.items():
         if saved[name] != ours[name]:
             raise RunError(
                 f"The {what} is not the one this run was trained on (sha256 {ours[name][:12]} here, "
                 f"{saved[name][:12]} in the checkpoint): the run would not continue the same. Restore the {what}, "
                 "or start anew in another --run_dir."
             )
-    theirs = hashing.HashConstants.from_dict(saved["hash_constants"])
-    lines = hashing.differences(hashing.HashConstants.from_dict(ours["hash_constants"]), theirs)
-    if lines:
-        raise RunError(f"The checkpoint's hash constants differ ({'; '.join(lines)[:600]}).")
+    _check_constants(saved, parts)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

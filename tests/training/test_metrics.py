@@ -1,6 +1,7 @@
 """metrics.jsonl across a crash, TensorBoard files read back, the progress line."""
 
 import json
+import time
 
 import pytest
 
@@ -41,6 +42,7 @@ def test_tensorboard_reads_the_files(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write_steps(tmp_path, 0, 5, tensorboard=True)
+    time.sleep(1.1)  # the files' names hold the second in which they were begun
     write_steps(tmp_path, 3, 6, tensorboard=True)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -70,7 +72,15 @@ def test_progress_leaves_pauses_out(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (70, "1m10s"), (3599.7, "1h00m"), (3600, "1h00m"), (90_061, "25h01m")],
+    [
+        (0.4, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (70, "1m10s"),
+        (3599.7, "1h00m"),
+        (3600, "1h00m"),
+        (90_061, "25h01m"),
+    ],
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
