@@ -1,7 +1,7 @@
 """The ladder: matched triples (dense, MoE, MoE with memory) from a laptop's size to the paper's.
 
 python -m experiments.run --list
-python -m experiments.run engram_tiny moe_tiny
+python -m experiments.run moe_tiny engram_tiny
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def dense_tiny() -> RunConfig:
 def engram_tiny() -> RunConfig:
     """Does memory beat experts at equal FLOPs and equal parameters?
 
-    Command:  python -m experiments.run engram_tiny moe_tiny
+    Command:  python -m experiments.run moe_tiny engram_tiny
     Cost:     about moe_tiny's: a quarter of its idle weights became table rows.
     Expected: a validation loss below moe_tiny's.
     """
@@ -122,7 +122,7 @@ def dense_small() -> RunConfig:
 def engram_small() -> RunConfig:
     """Does memory beat experts at equal FLOPs and equal parameters, two orders of magnitude below the paper?
 
-    Command:  python -m experiments.run engram_small moe_small
+    Command:  python -m experiments.run moe_small engram_small
     Cost:     about moe_small's: a quarter of its idle weights became table rows.
     Expected: a validation loss below moe_small's.
     """

@@ -260,6 +260,6 @@ plot_gates(*token_gates(result.parts, result.state, tokenizer, line))
 # You have seen the whole path: tokens, canonical ids, rows, gate, loss, update of the touched rows. Three ways on:
 #
 # * *Does the memory pay?* That takes an equal: the same size and cost without it. On your own machine, in a clone of
-#   the repository, `python -m experiments.run engram_tiny moe_tiny` trains both and compares them.
+#   the repository, `python -m experiments.run moe_tiny engram_tiny` trains both and compares them.
 # * *Your own text:* add `data__corpus="some/folder"` to the `replace(...)` above and run everything below it again.
 # * *How it works:* the folder `docs/` says where a row lives, how it is addressed and who updates it.

@@ -28,7 +28,7 @@ def test_a_mesh_uses_every_device(arguments, shape):
     "arguments", [{"fsdp": 3}, {"fsdp": 16}, {"data": 4}, {"data": 2, "fsdp": 2}, {"data": 0, "fsdp": 8}]
 )
 def test_a_mesh_that_does_not_fit_is_refused(arguments):
-    with pytest.raises(ValueError, match="does not use all 8 devices: set train.mesh_fsdp to a divisor of 8"):
+    with pytest.raises(ValueError, match=r"does not use all 8 devices: set train\.mesh_fsdp to a divisor of 8"):
         make_mesh(**arguments)
 
 

@@ -34,11 +34,12 @@ class Checkpoints:
         """`read_only` changes nothing in the folder, in which a run may be writing just now."""
         self.directory, self.log, self.read_only = directory.absolute(), log, read_only
         self.directory.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(read_only=True)
-        if not read_only:
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+        else:
+            options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
             for leftover in sorted(self.directory.glob(f"*{UNFINISHED}*")):
                 log(f"Checkpoint {leftover.name.split('.')[0]} was only half written when the run ended: skipped.")
-            options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
 
     def __enter__(self) -> Checkpoints:
@@ -114,8 +115,9 @@ class Checkpoints:
     def _read(self, step: int, problems: dict[int, str], **items: ocp.args.CheckpointArgs) -> Any | None:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError, KeyError) as error:
-            problems[step] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        except Exception as error:  # a damaged array is no more than this to Orbax
+            reason = str(error.__cause__ or error).strip() or type(error).__name__
+            problems[step] = reason.splitlines()[0][:200]
             self.log(f"Checkpoint {step} cannot be read ({problems[step]}): skipped.")
             return None
 

@@ -4,6 +4,8 @@ Compiling is nearly all the time these tests take: XLA optimizes little here, an
 """
 
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +24,8 @@ from engram_jax.config import (
     TrainConfig,
 )
 from engram_jax.data.tokenizer import train_tokenizer
+from engram_jax.training.loop import TrainResult, train
+from engram_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -107,3 +111,20 @@ def make_batch():
         }
 
     return make
+
+
+@dataclass(frozen=True)
+class Finished:
+    folder: Path
+    result: TrainResult
+    state: TrainState
+    """The final state, on the host."""
+    lines: list[str]
+
+
+@pytest.fixture(scope="package")
+def straight(config, quick_compiles, tmp_path_factory):
+    """The run of `config`, undisturbed, on all devices."""
+    folder, lines = tmp_path_factory.mktemp("straight"), []
+    result = train(config, folder, lines.append)
+    return Finished(folder, result, jax.device_get(result.state), lines)
