@@ -29,7 +29,7 @@ def moe_tiny() -> RunConfig:
     """The MoE baseline on the standard library's own source, at a laptop's size.
 
     Command:  python -m experiments.run moe_tiny
-    Cost:     a few minutes on two CPU cores: 300 steps of 4,096 tokens, 1.2 M active of 7.1 M parameters.
+    Cost:     a few minutes on two CPU cores: 250 steps of 4,096 tokens, 1.2 M active of 7.1 M parameters.
     Expected: a validation loss above engram_tiny's.
     """
     moe = MoEConfig(n_routed_experts=24, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=192)
@@ -47,7 +47,7 @@ def moe_tiny() -> RunConfig:
         model=model,
         data=DataConfig(corpus="python", seq_len=256, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20, muon_steps=(5, 0)),
-        train=TrainConfig(steps=300, eval_every=100),
+        train=TrainConfig(steps=250, eval_every=50),
         checkpoint=CheckpointConfig(every=100),
     )
 
