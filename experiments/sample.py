@@ -49,7 +49,7 @@ def sample(options: Options) -> None:
 
     from engram_jax.data.tokenizer import load_tokenizer
     from engram_jax.inference.sampling import Sampling, generate
-    from engram_jax.training.loop import load_run
+    from engram_jax.training.run_folder import load_run
 
     sampling = Sampling(options.max_tokens, options.temperature, options.top_k, options.seed)
     state, parts = load_run(options.run_dir, log=lambda line: print(line, file=sys.stderr))

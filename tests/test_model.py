@@ -34,21 +34,16 @@ SMALL = replace(CONFIG, num_hidden_layers=2, moe__first_k_dense_replace=0, engra
 B, T = 2, 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def stir(tree, rng, scale=0.2):
-    """Noise on every parameter: at birth some are 0 or 1 and would hide mistakes."""
-    return jax.tree.map(lambda x: x + scale * jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
-
-
 def make(config, rng):
-    graphdef, params, buffers = split(jax.jit(lambda: Model(config, jax.random.key(0)))())
-    return graphdef, stir(params, rng), stir(buffers, rng, 0.01)
+    """A model of random numbers: at birth some are 0 or 1 and would hide mistakes."""
+    structure, params, buffers = split(nnx.eval_shape(lambda: Model(config, jax.random.key(0))))
+
+    def fill(path, x):
+        mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(rng.normal(mean, 0.2, x.shape), x.dtype)
+
+    params = jax.tree.map_with_path(fill, params)
+    return structure, params, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.01, x.shape), x.dtype), buffers)
 
 
 def make_store(config):
@@ -56,12 +51,12 @@ def make_store(config):
 
 
 class Whole:
-    """A stirred model with its memory, as a compiled function of tokens."""
+    """A random model with its memory, as a compiled function of tokens."""
 
-    def __init__(self, config=CONFIG, seed=None):
-        rng = np.random.default_rng(seed)
+    def __init__(self, config=CONFIG):
+        rng = np.random.default_rng()
         self.config, self.store = config, make_store(config)
-        self.graphdef, self.params, self.buffers = make(config, rng)
+        self.structure, self.params, self.buffers = make(config, rng)
         self.memory = self.store.init(jax.random.key(rng.integers(1 << 30)))
         self.logits = jax.jit(self._logits)
 
@@ -69,7 +64,7 @@ class Whole:
         return self.store.fetch(self.memory, self.store.plan(jnp.asarray(tokens), segment_ids), 0)
 
     def model(self):
-        return nnx.merge(self.graphdef, self.params, self.buffers)
+        return nnx.merge(self.structure, self.params, self.buffers)
 
     def _logits(self, tokens, segment_ids, positions):
         rows = self.rows(tokens, segment_ids)
@@ -111,7 +106,7 @@ def test_no_position_sees_a_later_row(whole):
 
     def output(rows, embedding_vd):
         params = whole.params | {"embedding_vd": embedding_vd}
-        hidden_BTD, _ = nnx.merge(whole.graphdef, params, whole.buffers).hidden(tokens, rows, segment_ids, positions)
+        hidden_BTD, _ = nnx.merge(whole.structure, params, whole.buffers).hidden(tokens, rows, segment_ids, positions)
         return jnp.sum(hidden_BTD[0, at] * jnp.arange(16))
 
     row_grads, embedding_grad = jax.jit(jax.grad(output, argnums=(0, 1)))(
@@ -151,17 +146,18 @@ def test_options_let_documents_see_each_other(whole):
         assert (np.abs(after - before)[:, T // 2 :].max() > 1e-3) == sees
 
 
-def test_zero_rows_are_no_memory(whole):
-    tokens = random_tokens(np.random.default_rng())
-    segment_ids, positions = one_document(tokens)
-    zeros = jax.tree.map(jnp.zeros_like, whole.rows(tokens))
+def test_zero_rows_are_no_memory():
+    rng = np.random.default_rng()
+    model = nnx.merge(*make(SMALL, rng))
+    tokens = random_tokens(rng)
+    rows = make_rows(SMALL, tokens)
 
     def hidden(rows):  # not compiled as one, so that both ways run the same programs for the same operations
-        return whole.model().hidden(tokens, rows, segment_ids, positions)[0]
+        return model.hidden(tokens, rows, *one_document(tokens))[0]
 
     without = np.asarray(hidden(None))
-    np.testing.assert_array_equal(hidden(zeros), without)
-    assert np.abs(np.asarray(hidden(whole.rows(tokens))) - without).max() > 1e-2
+    np.testing.assert_array_equal(hidden(jax.tree.map(jnp.zeros_like, rows)), without)
+    assert np.abs(np.asarray(hidden(rows)) - without).max() > 1e-2
 
 
 def unstacked(config, params):
@@ -174,21 +170,22 @@ def unstacked(config, params):
 
 
 def test_without_memory_it_is_the_moe_model_bit_for_bit():
-    moe = replace(CONFIG, engram=EngramConfig())
-    assert len(segments(moe)) < len(segments(CONFIG))
+    engram = replace(SMALL, num_hidden_layers=3, engram__engram_layer_ids=(1,))
+    moe = replace(engram, engram=EngramConfig())
+    assert (len(segments(engram)), len(segments(moe))) == (2, 1)
     (_, ours, our_buffers), (graphdef, theirs, buffers) = (
-        split(jax.jit(lambda c=c: Model(c, jax.random.key(3)))()) for c in (CONFIG, moe)
+        split(jax.jit(lambda c=c: Model(c, jax.random.key(3)))()) for c in (engram, moe)
     )
     shared = [name for name in ours if name not in ("blocks", "engram")]
     assert {"embedding_vd", "head_dv", "final_norm"} <= set(shared)
     for name in shared:
         jax.tree.map(np.testing.assert_array_equal, ours[name], theirs[name])
-    jax.tree.map(np.testing.assert_array_equal, unstacked(CONFIG, ours), unstacked(moe, theirs))
+    jax.tree.map(np.testing.assert_array_equal, unstacked(engram, ours), unstacked(moe, theirs))
     assert set(ours) - set(theirs) == {"engram"}
 
     tokens = random_tokens(np.random.default_rng())
-    zeros = jax.tree.map(jnp.zeros_like, make_rows(CONFIG, tokens))
-    engram_hidden = nnx.merge(split_structure(CONFIG), ours, our_buffers).hidden(tokens, zeros)[0]
+    zeros = jax.tree.map(jnp.zeros_like, make_rows(engram, tokens))
+    engram_hidden = nnx.merge(split_structure(engram), ours, our_buffers).hidden(tokens, zeros)[0]
     moe_hidden = nnx.merge(graphdef, theirs, buffers).hidden(tokens)[0]
     np.testing.assert_array_equal(engram_hidden, moe_hidden)
 
@@ -221,7 +218,7 @@ def test_scanned_blocks_are_blocks_in_turn(whole):
 
 
 def loss_and_grads(config, params, buffers, rows, tokens, targets):
-    """The mean loss and its gradients with respect to parameters and rows, and the traced program."""
+    """The mean loss with its gradients with respect to parameters and rows, ready to run, and the traced program."""
 
     def loss(params, rows):
         model = nnx.merge(split_structure(config), params, buffers)
@@ -229,7 +226,7 @@ def loss_and_grads(config, params, buffers, rows, tokens, targets):
         return jnp.mean(model.token_losses(hidden_BTD, targets))
 
     traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(params, rows)
-    return jax.device_get(traced.lower().compile()(params, rows)), str(traced.jaxpr)
+    return lambda: jax.device_get(traced.lower().compile()(params, rows)), str(traced.jaxpr)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +237,8 @@ def plain():
     tokens = random_tokens(rng)
     targets = np.where(rng.random((B, T)) < 0.2, NO_LOSS, random_tokens(rng)).astype(np.int32)
     inputs = (params, buffers, make_rows(SMALL, tokens), tokens, targets)
-    return inputs, *loss_and_grads(SMALL, *inputs)
+    run, program = loss_and_grads(SMALL, *inputs)
+    return inputs, run(), program
 
 
 @pytest.mark.parametrize(
@@ -248,7 +246,8 @@ def plain():
 )
 def test_saving_memory_changes_no_number(plain, changes):
     inputs, (loss, grads), program = plain
-    (saving_loss, saving_grads), saving_program = loss_and_grads(replace(SMALL, **changes), *inputs)
+    run, saving_program = loss_and_grads(replace(SMALL, **changes), *inputs)
+    saving_loss, saving_grads = run()
     np.testing.assert_allclose(saving_loss, loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), saving_grads, grads)
     assert "remat" not in program and "checkpoint" not in program
@@ -282,11 +281,12 @@ def test_loss_is_the_targets_negative_log_probability(whole):
 
 
 def test_tied_embeddings_are_the_head():
-    tied = Whole(replace(CONFIG, tie_word_embeddings=True))
-    assert "head_dv" not in tied.params
+    structure, params, buffers = make(replace(SMALL, tie_word_embeddings=True), np.random.default_rng())
+    assert "head_dv" not in params
     hidden_BTD = np.random.default_rng().normal(size=(1, 3, 16)).astype(np.float32)
-    expected = hidden_BTD @ tied.params["embedding_vd"].T
-    np.testing.assert_allclose(tied.model().logits(jnp.asarray(hidden_BTD)), expected, rtol=1e-4, atol=1e-5)
+    expected = hidden_BTD @ params["embedding_vd"].T
+    model = nnx.merge(structure, params, buffers)
+    np.testing.assert_allclose(model.logits(jnp.asarray(hidden_BTD)), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_one_stream_is_an_ordinary_residual_network():

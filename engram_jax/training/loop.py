@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +15,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from engram_jax.config import ConfigError, RunConfig, differences, from_dict, to_dict
+from engram_jax.config import RunConfig
 from engram_jax.data.loader import TextData, eval_batches, load_data, train_batches
 from engram_jax.evaluation.frequency import NgramCounts
 from engram_jax.evaluation.perplexity import Evaluation, evaluate
-from engram_jax.memory import hashing
 from engram_jax.sharding import spec
+from engram_jax.training import run_folder
 from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.checkpoint import Checkpoints
 from engram_jax.training.errors import RunError
 from engram_jax.training.metrics import MetricsWriter, Progress, duration, read_metrics
+from engram_jax.training.run_folder import write_json
 from engram_jax.training.state import TrainState
 from engram_jax.training.step import make_eval_step, make_train_step
 
 Log = Callable[[str], None]
-# Settings that may change when a run continues: none of them touches the numbers of the training steps.
-FREE_TO_CHANGE = (
-    "train.log_every",
-    "train.eval_",
-    "train.tensorboard",
-    "train.mesh_",
-    "checkpoint.",
-    "data.worker_count",
-    "data.cache_dir",
-    "model.remat",
-)
 
 
 @dataclass(frozen=True)
@@ -74,7 +62,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
     )
     parts = assemble(config, text.tokenizer.backend)
     config = parts.config
-    _check_folder(run_dir, config)
+    run_folder.check(run_dir, config)
     log(
         f"Run {config.name} in {run_dir}: {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}."
     )
@@ -82,19 +70,19 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
     with (
         jax.set_mesh(parts.mesh),
         Checkpoints(run_dir / "checkpoints", config.checkpoint, log) as checkpoints,
-        _StopRequest() as stop,
+        _StopRequest(log) as stop,
     ):
         # --- state: restored, or new ---
-        meta = _meta(config, text, parts)
+        meta = run_folder.meta(config, text, parts)
         checkpoints.check_room(parts.abstract_state())
-        restored = checkpoints.restore(parts.abstract_state(), lambda saved: _check_meta(saved, meta, parts))
+        restored = checkpoints.restore(parts.abstract_state(), lambda saved: run_folder.check_meta(saved, meta, parts))
         state = restored if restored is not None else parts.init_state()
         first_step = int(state.step)
         if first_step == config.train.steps:
             log(f"All {first_step} steps are done already: only the evaluation is repeated.")
         elif first_step:
             log(f"Resumed at step {first_step} of {config.train.steps}.")
-        _describe(run_dir, config, text)
+        run_folder.describe(run_dir, config, text)
 
         train_step, eval_step = make_train_step(parts), make_eval_step(parts)
 
@@ -173,7 +161,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
                 writer.write(step, final)
         checkpoints.wait()
 
-    _write_json(
+    write_json(
         run_dir / "result.json",
         {"name": config.name, "step": step, "corpus_sha256": text.corpus_sha256, **evaluation.to_dict()},
     )
@@ -182,29 +170,6 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
         f"{evaluation.bits_per_byte:.4f} bits/byte, in {duration(time.perf_counter() - started)}."
     )
     return TrainResult(state, parts, text, evaluation)
-
-
-def load_run(run_dir: Path, log: Log = print) -> tuple[TrainState, Parts]:
-    """A trained run's newest state and parts, without its corpus: for sampling and analysis.
-
-    Raises:
-      RunError: the folder is not a run, or has no checkpoint.
-    """
-    from engram_jax.data.tokenizer import load_tokenizer
-
-    if not (run_dir / "config.json").exists():
-        raise RunError(f"{run_dir} is not a run: it has no config.json. Train one with python -m experiments.run.")
-    config = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
-    config = replace(config, train=replace(config.train, mesh_data=1, mesh_fsdp=1))
-    parts = assemble(config, load_tokenizer(run_dir / "tokenizer.json").backend, jax.devices()[:1])
-    with (
-        jax.set_mesh(parts.mesh),
-        Checkpoints(run_dir / "checkpoints", config.checkpoint, log, read_only=True) as checkpoints,
-    ):
-        state = checkpoints.restore(parts.abstract_state(), lambda saved: _check_constants(saved, parts))
-    if state is None:
-        raise RunError(f"{run_dir} has no checkpoint yet: let the run reach its first one.")
-    return state, parts
 
 
 def _due(step: int, every: int) -> bool:
@@ -216,71 +181,11 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 
 
-def _check_folder(run_dir: Path, config: RunConfig) -> None:
-    """Raises `ConfigError` if the folder holds a run with other settings."""
-    saved = run_dir / "config.json"
-    if saved.exists():
-        _check_config(config, json.loads(saved.read_text()), f"{run_dir} holds a run")
-
-
-def _check_config(ours: RunConfig, saved: dict[str, Any], whose: str) -> None:
-    changed = differences(ours, from_dict(RunConfig, saved))
-    changed = [line for line in changed if not line.startswith(FREE_TO_CHANGE)]
-    if changed:
-        raise ConfigError(
-            f"{whose} with other settings ({'; '.join(changed)}). "
-            "Give this one its own --run_dir, or delete that folder to start again."
-        )
-
-
-def _describe(run_dir: Path, config: RunConfig, text: TextData) -> None:
-    """Only now that nothing has been found against it: what the checkpoints need must not be overwritten by less."""
-    if jax.process_index() == 0:
-        text.tokenizer.save(run_dir / "tokenizer.json")
-        _write_json(run_dir / "config.json", to_dict(config))
-
-
-def _meta(config: RunConfig, text: TextData, parts: Parts) -> dict[str, Any]:
-    return {
-        "config": to_dict(config),
-        "hash_constants": parts.store.constants.to_dict(),
-        "tokenizer_sha256": text.tokenizer.sha256,
-        "corpus_sha256": text.corpus_sha256,
-    }
-
-
-def _check_constants(saved: dict[str, Any], parts: Parts) -> None:
-    lines = hashing.differences(parts.store.constants, hashing.HashConstants.from_dict(saved["hash_constants"]))
-    if lines:
-        raise RunError(
-            f"The checkpoint's memory was addressed otherwise, so every row would be wrong ({'; '.join(lines)[:600]}). "
-            "Use the tokenizer and the engram_* settings it was trained with."
-        )
-
-
-def _check_meta(saved: dict[str, Any], ours: dict[str, Any], parts: Parts) -> None:
-    _check_config(parts.config, saved["config"], "The checkpoint belongs to a run")
-    for name, what in {"tokenizer_sha256": "tokenizer", "corpus_sha256": "corpus"}.items():
-        if saved[name] != ours[name]:
-            raise RunError(
-                f"The {what} is not the one this run was trained on (sha256 {ours[name][:12]} here, "
-                f"{saved[name][:12]} in the checkpoint): the run would not continue the same. Restore the {what}, "
-                "or start anew in another --run_dir."
-            )
-    _check_constants(saved, parts)
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    shutil.move(temporary, path)
-
-
 class _StopRequest:
     """Ctrl-C or SIGTERM asks the loop to save and stop; a second Ctrl-C stops at once."""
 
-    def __init__(self):
-        self.requested = False
+    def __init__(self, log: Log):
+        self.requested, self._log = False, log
 
     def __enter__(self) -> _StopRequest:
         self._previous = {}
@@ -297,3 +202,4 @@ class _StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        self._log("Stopping after this step, then saving. Ctrl-C again stops at once, without saving.")

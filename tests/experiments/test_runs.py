@@ -1,8 +1,8 @@
 """The runs are what they claim: matched triples, and golden configs in which a changed default shows."""
 
 import json
-import re
 import os
+import re
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,6 @@
 """Plans and summed gradients against NumPy, on ids that repeat, fill the table, or are all one."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 

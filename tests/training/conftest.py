@@ -1,6 +1,6 @@
 """A tiny run: a folder of made-up text, a tokenizer of 300 tokens, a two-block MoE model with memory.
 
-Compiling is nearly all the time these tests take: XLA optimizes little here, and equal programs are compiled once.
+Compiling is nearly all the time these tests take, so equal programs are compiled once.
 """
 
 import os
@@ -29,14 +29,12 @@ from engram_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="package", autouse=True)
-def quick_compiles(tmp_path_factory):
-    """Yields the folder of compiled programs, for subprocesses to share."""
+def compiled_programs(tmp_path_factory):
+    """Their folder, for subprocesses to share."""
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("compiled"))
-    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", folder)
     compilation_cache.reset_cache()  # jax looks for the folder once, and other tests may have compiled before
     yield folder
-    jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
 
@@ -123,7 +121,7 @@ class Finished:
 
 
 @pytest.fixture(scope="package")
-def straight(config, quick_compiles, tmp_path_factory):
+def straight(config, compiled_programs, tmp_path_factory):
     """The run of `config`, undisturbed, on all devices."""
     folder, lines = tmp_path_factory.mktemp("straight"), []
     result = train(config, folder, lines.append)

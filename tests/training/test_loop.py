@@ -11,8 +11,9 @@ from engram_jax.config import ConfigError, RunConfig, from_dict, replace
 from engram_jax.data.loader import load_data
 from engram_jax.training import loop
 from engram_jax.training.errors import RunError
-from engram_jax.training.loop import load_run, train
+from engram_jax.training.loop import train
 from engram_jax.training.metrics import read_metrics
+from engram_jax.training.run_folder import load_run
 
 
 @pytest.fixture

@@ -1,0 +1,116 @@
+"""What a run's folder says about it, and what must agree before its checkpoints mean anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from engram_jax.config import ConfigError, RunConfig, differences, from_dict, to_dict
+from engram_jax.data.loader import TextData
+from engram_jax.data.tokenizer import load_tokenizer
+from engram_jax.memory import hashing
+from engram_jax.training.assembly import Parts, assemble
+from engram_jax.training.checkpoint import Checkpoints
+from engram_jax.training.errors import RunError
+from engram_jax.training.state import TrainState
+
+# Settings that may change when a run continues: none of them touches the numbers of the training steps.
+FREE_TO_CHANGE = (
+    "train.log_every",
+    "train.eval_",
+    "train.tensorboard",
+    "train.mesh_",
+    "checkpoint.",
+    "data.worker_count",
+    "data.cache_dir",
+    "model.remat",
+)
+
+
+def load_run(run_dir: Path, log: Callable[[str], None] = print) -> tuple[TrainState, Parts]:
+    """A trained run's newest state and parts, without its corpus: for sampling and analysis.
+
+    Raises:
+      RunError: the folder is not a run, or has no checkpoint.
+    """
+    if not (run_dir / "config.json").exists():
+        raise RunError(f"{run_dir} is not a run: it has no config.json. Train one with python -m experiments.run.")
+    config = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
+    config = replace(config, train=replace(config.train, mesh_data=1, mesh_fsdp=1))
+    parts = assemble(config, load_tokenizer(run_dir / "tokenizer.json").backend, jax.devices()[:1])
+    with (
+        jax.set_mesh(parts.mesh),
+        Checkpoints(run_dir / "checkpoints", config.checkpoint, log, read_only=True) as checkpoints,
+    ):
+        state = checkpoints.restore(parts.abstract_state(), lambda saved: _check_constants(saved, parts))
+    if state is None:
+        raise RunError(f"{run_dir} has no checkpoint yet: let the run reach its first one.")
+    return state, parts
+
+
+def check(run_dir: Path, config: RunConfig) -> None:
+    """Raises `ConfigError` if the folder holds a run with other settings."""
+    saved = run_dir / "config.json"
+    if saved.exists():
+        _check_config(config, json.loads(saved.read_text()), f"{run_dir} holds a run")
+
+
+def _check_config(ours: RunConfig, saved: dict[str, Any], whose: str) -> None:
+    changed = differences(ours, from_dict(RunConfig, saved))
+    changed = [line for line in changed if not line.startswith(FREE_TO_CHANGE)]
+    if changed:
+        raise ConfigError(
+            f"{whose} with other settings ({'; '.join(changed)}). "
+            "Give this one its own --run_dir, or delete that folder to start again."
+        )
+
+
+def describe(run_dir: Path, config: RunConfig, text: TextData) -> None:
+    """Writes config.json and tokenizer.json, which the checkpoints need; only once nothing speaks against the run."""
+    if jax.process_index() == 0:
+        text.tokenizer.save(run_dir / "tokenizer.json")
+        write_json(run_dir / "config.json", to_dict(config))
+
+
+def meta(config: RunConfig, text: TextData, parts: Parts) -> dict[str, Any]:
+    """What a checkpoint says beside its arrays."""
+    return {
+        "config": to_dict(config),
+        "hash_constants": parts.store.constants.to_dict(),
+        "tokenizer_sha256": text.tokenizer.sha256,
+        "corpus_sha256": text.corpus_sha256,
+    }
+
+
+def _check_constants(saved: dict[str, Any], parts: Parts) -> None:
+    lines = hashing.differences(parts.store.constants, hashing.HashConstants.from_dict(saved["hash_constants"]))
+    if lines:
+        raise RunError(
+            f"The checkpoint's memory was addressed otherwise, so every row would be wrong ({'; '.join(lines)[:600]}). "
+            "Use the tokenizer and the engram_* settings it was trained with."
+        )
+
+
+def check_meta(saved: dict[str, Any], ours: dict[str, Any], parts: Parts) -> None:
+    """Raises `ConfigError` or `RunError` if a checkpoint is not this run's."""
+    _check_config(parts.config, saved["config"], "The checkpoint belongs to a run")
+    for name, what in {"tokenizer_sha256": "tokenizer", "corpus_sha256": "corpus"}.items():
+        if saved[name] != ours[name]:
+            raise RunError(
+                f"The {what} is not the one this run was trained on (sha256 {ours[name][:12]} here, "
+                f"{saved[name][:12]} in the checkpoint): the run would not continue the same. Restore the {what}, "
+                "or start anew in another --run_dir."
+            )
+    _check_constants(saved, parts)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Atomic."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n")
+    temporary.replace(path)
