@@ -3,7 +3,9 @@
 Compiling is nearly all the time these tests take, so equal programs are compiled once.
 """
 
+import gc
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +111,15 @@ def make_batch():
         }
 
     return make
+
+
+@pytest.fixture
+def abandoned_reads():
+    """For tests with damaged files: when one of its concurrent reads fails, Orbax abandons the others, which complain
+    to nobody as they end. They are waited for, so that they do so in the test that expects it."""
+    yield
+    time.sleep(0.5)
+    gc.collect()
 
 
 @dataclass(frozen=True)

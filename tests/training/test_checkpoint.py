@@ -1,6 +1,5 @@
 """Checkpoints: what is kept, what is skipped by name, and what is refused, with a state of two arrays."""
 
-import gc
 import shutil
 
 import jax
@@ -33,7 +32,6 @@ def restore(directory, check=lambda meta: None, **options):
     lines = []
     with Checkpoints(directory, CheckpointConfig(), lines.append, **options) as checkpoints:
         state = checkpoints.restore(jax.eval_shape(lambda: state_of(0)), check)
-    gc.collect()  # so that what Orbax leaves behind ends in the test that made it
     if state is None:
         return None, lines
     np.testing.assert_array_equal(state["weights"], state_of(int(state["step"]))["weights"])
@@ -84,11 +82,8 @@ def test_a_half_written_checkpoint_is_named_and_skipped(tmp_path):
     assert save(tmp_path, 9) == [3, 7, 9]
 
 
-# When one of its concurrent reads fails, Orbax abandons the others, which then complain to nobody.
-abandons_reads = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@abandons_reads
+@pytest.mark.usefixtures("abandoned_reads")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("harm", ["truncated", "empty", "missing"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, harm):
     """Whichever of its files was harmed: the state is never a wrong one, and the run can save again."""
@@ -113,7 +108,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, har
     assert restore(skipped[0]) == (7, [])
 
 
-@abandons_reads
+@pytest.mark.usefixtures("abandoned_reads")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_readable_checkpoint_is_an_error(tmp_path):
     save(tmp_path, 3, 7)
     for step in ("3", "7"):
@@ -145,7 +141,8 @@ def test_a_full_disk_is_said_before_writing(tmp_path, monkeypatch):
     assert save(tmp_path, 5) == [3, 5]
 
 
-@abandons_reads
+@pytest.mark.usefixtures("abandoned_reads")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_reader_disturbs_nothing(tmp_path):
     """Sampling from a run that is saving just now: its unfinished checkpoint must survive."""
     save(tmp_path, 3, 7)
