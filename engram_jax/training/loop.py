@@ -70,7 +70,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
     with (
         jax.set_mesh(parts.mesh),
         Checkpoints(run_dir / "checkpoints", config.checkpoint, log) as checkpoints,
-        _StopRequest(log) as stop,
+        _StopRequest() as stop,
     ):
         # --- state: restored, or new ---
         meta = run_folder.meta(config, text, parts)
@@ -138,7 +138,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
                     writer.write(step, {"validation_loss": validation.loss, "bits_per_byte": validation.bits_per_byte})
                     log(f"step {step}  validation loss {validation.loss:.4f}  {validation.bits_per_byte:.4f} bits/byte")
                     progress.pause(time.perf_counter() - paused)
-                if _due(step, config.checkpoint.every) or is_last or stop.requested:
+                if _due(step, config.checkpoint.every) or is_last:
                     if pending is not None:  # never save a step whose numbers nobody has looked at
                         report(*pending)
                         pending = None
@@ -147,6 +147,9 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
                     progress.pause(time.perf_counter() - paused)
 
             if step < config.train.steps:
+                log(f"Stopping at step {step}: saving. Ctrl-C again stops at once, without saving.")
+                if pending is not None:
+                    report(*pending)
                 if step > first_step:
                     checkpoints.save(step, state, meta)
                 checkpoints.wait()
@@ -184,8 +187,8 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 class _StopRequest:
     """Ctrl-C or SIGTERM asks the loop to save and stop; a second Ctrl-C stops at once."""
 
-    def __init__(self, log: Log):
-        self.requested, self._log = False, log
+    def __init__(self):
+        self.requested = False
 
     def __enter__(self) -> _StopRequest:
         self._previous = {}
@@ -202,4 +205,3 @@ class _StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        self._log("Stopping after this step, then saving. Ctrl-C again stops at once, without saving.")

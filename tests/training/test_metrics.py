@@ -36,8 +36,6 @@ def test_resuming_drops_what_came_after_the_checkpoint(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
-# tensorboard 2.20's protobuf stubs still use datetime.utcfromtimestamp and numpy's old names in places.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_tensorboard_reads_the_files(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
