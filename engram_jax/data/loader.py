@@ -150,9 +150,11 @@ def train_batches(
 def eval_batches(
     source: WindowSource, batch_size: int, max_batches: int = 0, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
-    """Windows in order, once, at most `max_batches` batches (0: all); the last one is filled up with padding rows.
+    """Windows in order, once; the last batch is filled up with padding rows.
 
-    All processes get the same number of batches, split as in `train_batches`.
+    With fewer than all batches (`max_batches`, 0: all) the windows lie evenly spread over the split, so that the losses
+    estimate the whole and not the first documents. All processes get the same number of batches, split as in
+    `train_batches`.
 
     Raises:
       ConfigError: batch_size is not a multiple of process_count.
@@ -160,9 +162,14 @@ def eval_batches(
     _check_batch_size(batch_size, process_count)
     rows = batch_size // process_count
     num_batches = -(-len(source) // batch_size)
-    for step in range(min(num_batches, max_batches or num_batches)):
+    chosen = range(len(source))
+    if 0 < max_batches < num_batches:
+        num_batches, count = max_batches, max_batches * batch_size
+        chosen = [i * len(source) // count for i in range(count)]
+    for step in range(num_batches):
         begin = step * batch_size + process_index * rows
-        windows = [source[i] if i < len(source) else source.padding() for i in range(begin, begin + rows)]
+        slots = range(begin, begin + rows)
+        windows = [source[chosen[i]] if i < len(chosen) else source.padding() for i in slots]
         yield {name: np.stack([window[name] for window in windows]) for name in windows[0]}
 
 

@@ -129,8 +129,10 @@ def test_eval_batches_cover_the_hold_out_in_order(data):
 
 
 def test_eval_batches_limit_and_processes(data):
-    expected = list(eval_batches(data.validation, 8, max_batches=2))
-    assert len(expected) == 2
+    some = list(eval_batches(data.validation, 8, max_batches=2))
+    spread = [i * len(data.validation) // 16 for i in range(16)]
+    assert len(some) == 2 and len(set(spread)) == 16 and spread[-1] > len(data.validation) * 0.9
+    np.testing.assert_array_equal(joined(some)["tokens"], [data.validation[i]["tokens"] for i in spread])
     everything = list(eval_batches(data.validation, 8))
     for count in (2, 4, 8):
         parts = [list(eval_batches(data.validation, 8, 0, index, count)) for index in range(count)]
