@@ -1,5 +1,7 @@
-"""How often the n-gram that ends at a token occurs in the training text: memory should help most where that is seldom
-chance and often repetition, so losses are also given per frequency bucket."""
+"""How often the n-gram that ends at a token occurs in the training text.
+
+A row can only know what its n-gram was seen to precede, so losses are also given by that frequency.
+"""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from experiments.compare_picture import STYLES, smoothed
 from experiments.run_groups import Run, grouped
 from experiments.runs import engram_tiny, moe_tiny
 
-MOE = replace(moe_tiny(), name="moe_tiny")
-ENGRAM = replace(engram_tiny(), name="engram_tiny")
+MOE = replace(moe_tiny(), name="moe_tiny", train__steps=300)
+ENGRAM = replace(engram_tiny(), name="engram_tiny", train__steps=300)
 SHARES = [0.3, 0.2, 0.15, 0.25, 0.1]
 
 
