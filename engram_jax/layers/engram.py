@@ -83,9 +83,10 @@ def _gated_short_conv(
     """y = u + SiLU(conv(RMSNorm(u))) with u = gate * value (eq. 5), causal and depthwise: [B, T, M, D].
 
     u of every stream is one value scaled by one number, so RMSNorm(u) = value * s with s = gate / rms(u) per token and
-    stream, and a tap reads [B, T, D] and [B, T, M] instead of [B, T, M, D]. Shifted multiply-adds, because a grouped
-    convolution over M*D channels takes 15 times as long on CPU. With `segment_ids` no tap crosses a document boundary.
-    The backward pass is written out: it keeps the inputs only, where autodiff would keep a [B, T, M, D] array per tap.
+    stream, and a tap reads [B, T, D] and [B, T, M] instead of [B, T, M, D]. Shifted multiply-adds: a grouped
+    convolution over M*D channels makes the whole reader 4.4 times slower on CPU. With `segment_ids` no tap crosses a
+    document boundary. The backward pass is written out: it keeps the inputs only, where autodiff
+    would keep a [B, T, M, D] array per tap.
     """
     return _short_conv_forward(gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids_BT, dilation, eps)[0]
 
