@@ -35,7 +35,7 @@ class Checkpoints:
         self.directory, self.log, self.read_only = directory.absolute(), log, read_only
         self.directory.mkdir(parents=True, exist_ok=True)
         if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+            options = ocp.CheckpointManagerOptions(create=False)  # Orbax's own read_only warns on every opening
         else:
             options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
             for leftover in sorted(self.directory.glob(f"*{UNFINISHED}*")):
