@@ -87,9 +87,11 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
         train_step, eval_step = make_train_step(parts), make_eval_step(parts)
 
         def validate(max_batches: int, counts: NgramCounts | None = None) -> Evaluation:
+            def token_losses(batch: dict[str, np.ndarray]) -> jax.Array:
+                return eval_step(state, to_devices(batch, parts.mesh))
+
             batches = eval_batches(text.validation, config.data.batch_size, max_batches)
-            losses = lambda batch: eval_step(state, to_devices(batch, parts.mesh))  # noqa: E731
-            return evaluate(losses, batches, text.tokenizer.byte_lengths(), counts)
+            return evaluate(token_losses, batches, text.tokenizer.byte_lengths(), counts)
 
         # --- steps ---
         tokens_per_step = config.data.batch_size * config.data.seq_len

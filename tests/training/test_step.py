@@ -19,8 +19,9 @@ from engram_jax.training.step import make_eval_step, make_train_step
 
 pytestmark = pytest.mark.newest
 LAYER = "0"
-# The gate's square root and the experts' top-k multiply rounding errors; at this rate they stay below 1e-4 of loss for
-# 100 steps (largest of 12 seeds: 8e-5; at 3e-3 it is 1e-3).
+# Training multiplies rounding errors. Catch-up and dense Adam differ as much as two dense runs whose parameters start one
+# float32 step apart: over 100 steps and 3 seeds by up to 6.6e-5 of loss against 7.9e-5 at this rate, and by up to 9.0e-4
+# against 6.5e-4 at 3e-3.
 CALM = {
     "train__steps": 100,
     "optimizer__learning_rate": 2e-4,
@@ -186,8 +187,8 @@ def test_catch_up_adam_trains_like_dense_adam(trainer, make_batch):
     assert losses(history)[-10:].mean() < losses(history)[:10].mean() - 0.1
     caught_up = catch_up.parts.store.materialize(jax.tree.map(jnp.asarray, state.memory), state.step)[LAYER]
     born, trained = catch_up.initial.memory.tables[LAYER].rows, oracle.memory.tables[LAYER].rows
-    # 1e-3 here, because the two runs' gradients drift apart as well; with lazy Adam it would be most of the distance
-    assert np.abs(caught_up - trained).mean() < 1e-2 * np.abs(trained - born).mean()
+    # Measured: 1.1e-3 of the distance moved, 2.2e-3 for two dense runs one float32 step apart, 0.44 for lazy Adam.
+    assert np.abs(caught_up - trained).mean() < 5e-3 * np.abs(trained - born).mean()
 
 
 def test_the_balancing_bias_moves_by_its_speed(trainer, make_batch):
