@@ -19,9 +19,9 @@ from engram_jax.training.step import make_eval_step, make_train_step
 
 pytestmark = pytest.mark.newest
 LAYER = "0"
-# Training multiplies rounding errors. Catch-up and dense Adam differ as much as two dense runs whose parameters start one
-# float32 step apart: over 100 steps and 3 seeds by up to 6.6e-5 of loss against 7.9e-5 at this rate, and by up to 9.0e-4
-# against 6.5e-4 at 3e-3.
+# Training multiplies rounding errors. Catch-up and dense Adam differ as much as two dense runs whose parameters start
+# one float32 step apart: over 100 steps and 3 seeds by up to 6.6e-5 of loss against 7.9e-5 at this rate, and by up to
+# 9.0e-4 against 6.5e-4 at 3e-3.
 CALM = {
     "train__steps": 100,
     "optimizer__learning_rate": 2e-4,
