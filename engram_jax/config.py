@@ -254,15 +254,24 @@ class OptimizerConfig:
     muon_steps: tuple[int, int] = (8, 2)
     """Newton-Schulz steps: fast ones, then settling ones. V4 takes 8 and 2, Moonlight 5 and 0 at half the cost."""
     muon_update_rms: float = 0.18
-    """Update RMS that Muon is rescaled to, so that it shares AdamW's learning rate (V4: 0.18)."""
+    """Update RMS that Muon is rescaled to, so that it shares AdamW's learning rate (V4: 0.18). Sinkhorn's too."""
     adam_b1: float = 0.9
     adam_b2: float = 0.95
     adam_eps: float = 1e-20
     clip_norm: float = 1.0
     """Global norm over all gradients, row gradients included. 0: no clipping."""
-    table_optimizer: Literal["catch_up_adam", "dense_adam"] = "catch_up_adam"
-    """dense_adam is the test oracle: it costs time in proportion to the table."""
+    table_optimizer: Literal["catch_up_adam", "dense_adam", "rowwise_adagrad", "rowwise_rmsprop", "sinkhorn"] = (
+        "catch_up_adam"
+    )
+    """catch_up_adam: dense Adam's trajectory at the cost of the rows looked up, 8 bytes of state per number.
+    rowwise_adagrad, rowwise_rmsprop: 4 and 8 bytes per row. sinkhorn: V4.1's, 4 bytes per number. The latter and
+    dense_adam, the test oracle, cost time in proportion to the table."""
     table_lr_multiplier: float = 5.0
+    sinkhorn_momentum: float = 0.95
+    sinkhorn_iters: int = 11
+    """Normalisations of rows and columns in turn, rows first and last: an odd number."""
+    sinkhorn_tau: float = 1e-3
+    """Rows whose momentum's norm is at most this share of the table's mean do not move."""
 
     def __post_init__(self):
         _check_literals(self)
@@ -278,6 +287,45 @@ class OptimizerConfig:
         require(
             0 <= self.adam_b1 < self.adam_b2**0.5 < 1,
             f"adam_b1={self.adam_b1}, adam_b2={self.adam_b2}: catch-up Adam needs 0 <= b1 < sqrt(b2) < 1.",
+        )
+        for name in ("sinkhorn_momentum", "sinkhorn_tau"):
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1).")
+        require(
+            self.sinkhorn_iters > 0 and self.sinkhorn_iters % 2 == 1,
+            f"sinkhorn_iters={self.sinkhorn_iters} must be odd and positive: rows are normalised first and last.",
+        )
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Where the tables lie and how their rows travel. Only `row_dtype` touches the numbers of a run."""
+
+    placement: Literal["device", "host", "tiered", "numpy"] = "device"
+    """`device`; `host`: pinned host memory, read and written inside the compiled step; `tiered`: the rows used most on
+    the device, the rest on the host; `numpy`: arrays or memory-mapped files of the Python process, on any backend."""
+    row_dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 rows are rounded stochastically when written; optimizer state stays float32."""
+    transport: Literal["auto", "all_to_all", "ragged_all_to_all"] = "auto"
+    """How rows cross the mesh. auto: ragged on TPU, all_to_all elsewhere (XLA:CPU knows no other)."""
+    prefetch: bool = True
+    """Read the next batch's rows while this one is computed (not for `device`, where reading is cheap)."""
+    hot_rows: float = 0.1
+    """tiered: share of the rows kept on the device."""
+    promote_every: int = 20
+    """tiered: steps between exchanges of hot against cold rows (0: never)."""
+    mmap_dir: str = ""
+    """numpy: folder for memory-mapped tables. Empty: in memory."""
+    sight_every: int = 100
+    """Steps between looks into the memory: gates, collisions, staleness, hit rate (0: none)."""
+
+    def __post_init__(self):
+        _check_literals(self)
+        require(0 < self.hot_rows <= 1, f"memory.hot_rows={self.hot_rows} must lie in (0, 1].")
+        for name in ("promote_every", "sight_every"):
+            require(getattr(self, name) >= 0, f"memory.{name}={getattr(self, name)} must be 0 or positive.")
+        require(
+            not self.mmap_dir or self.placement == "numpy",
+            f"memory.mmap_dir={self.mmap_dir!r} has a meaning for memory.placement=numpy only, not {self.placement}.",
         )
 
 
@@ -325,6 +373,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

@@ -1,48 +1,253 @@
-"""From the ids of a batch to its distinct rows, and from the gradients of lookups to one gradient per row.
+"""From the lookups of a batch to the owners of their rows, and back with rows or gradients.
 
-Local routing: every device holds the table. N lookups of a batch are sorted once; equal ids share a slot, so a row is
-read, caught up and updated once however often n-grams repeat (they are Zipfian), and the gradients of a row are summed
-in one fixed order.
+    plan (integers only)        lookups -> distinct requests per owner =exchange=> distinct rows each owner must read
+    send (owner -> asker)       rows_UD -> one block per asker         =exchange=> one row per lookup
+    collect (asker -> owner)    one gradient per lookup, summed per request =exchange=> one sum per owned row
 
-Legend: B batch, T seq, H rows per token, N = B*T*H lookups, U = N slots (unused ones at the end), D row width.
+Every device asks for a row once however often its n-grams repeat (they are Zipfian), and every owner reads, catches up
+and updates a row once however many devices ask. Sums are taken in the order of stable sorts: the same bits each time.
+All shapes are static: a request block holds C places per owner and an owner's list U rows. What does not fit is never
+dropped in silence: `RowPlan.need` says what would have fitted, and a plan that overflowed must not be used
+(`training/planner.py` makes it again, larger).
+
+Outside a mesh, and on one device, there is nothing to exchange: the requests are the owner's list.
+
+Legend: B batch, T seq, H rows per token; S shards (devices); N lookups of one device; C places per owner in a request
+block, K = S * C; U rows an owner's list holds (unused ones at the end); D row width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from engram_jax.config import require
+from engram_jax.memory.table import TableLayout
+from engram_jax.memory.transports import TRANSPORTS, Axes
+
+
+class Capacity(NamedTuple):
+    """Places of the static shapes: C per pair of devices, U per owner."""
+
+    pair: int
+    owner: int
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowPlan:
-    """Which rows a batch reads in one Engram layer. A pure function of its tokens."""
+    """Which rows a batch reads in one Engram layer. A pure function of its tokens; int32 throughout.
+
+    In global view every array but `ids_BTH` and the counts is device-major: [S * size], each device its own part.
+    """
 
     ids_BTH: jax.Array
-    """int32 rows of the layer's table."""
-    unique_U: jax.Array
-    """The distinct ids, ascending; unused slots lie beyond the table: they read as zero and write nowhere."""
+    """Logical rows of the layer's table."""
     slot_N: jax.Array
-    """For each lookup the slot of its row."""
+    """For each lookup its place among the requests (K), or among the owner's rows where nothing is exchanged."""
     order_N: jax.Array
-    """The lookups in ascending order of their ids."""
+    """The lookups in ascending order of their slots."""
+    owned_U: jax.Array
+    """The distinct local rows this owner must read, ascending; unused places lie beyond the shard."""
+    routes: Routes | None
+    """None on one device."""
+    need: Capacity
+    """The largest block and list that any device has use for: two scalars."""
+    faults: jax.Array
+    """[2]: the first lookup whose id is no row of its head (flat index in B, T, H; -1: none), and how many requests
+    arrived damaged."""
 
 
-def plan_rows(ids_BTH: jax.Array, num_rows: int) -> RowPlan:
-    ids_N = replicate(ids_BTH).reshape(-1)
-    sorted_N, order_N = stable_sort(ids_N)
-    starts_N = jnp.concatenate([jnp.ones((1,), bool), sorted_N[1:] != sorted_N[:-1]])
-    rank_N = jnp.cumsum(starts_N, dtype=jnp.int32) - 1
-    beyond_U = num_rows + jnp.arange(ids_N.size, dtype=jnp.int32)
-    unique_U = beyond_U.at[rank_N].set(sorted_N, indices_are_sorted=True)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Routes:
+    place_K: jax.Array
+    """At the owner: for each arrived request its row in `owned_U`; U where nothing arrived."""
+    order_K: jax.Array
+    """The arrived requests in ascending order of their rows, askers in their order within a row."""
+    asked_S: jax.Array
+    """Requests this device sends to each owner."""
+    arrived_S: jax.Array
+    """Requests that arrived here from each asker."""
+
+
+# --- planning ---
+
+
+def mesh_axes() -> Axes:
+    """All axes of the current mesh; empty outside one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return () if mesh.empty else mesh.axis_names
+
+
+def on_shards(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` on each device's part; as it is outside a mesh."""
+    if not mesh_axes():
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def safe_capacity(layout: TableLayout, lookups: int) -> Capacity:
+    """Room for any batch of `lookups` per device: every pair's block as large as if all asked one owner."""
+    pair = min(lookups, layout.rows_per_shard)
+    return Capacity(pair, min(layout.shards * pair, layout.rows_per_shard) if layout.shards > 1 else lookups)
+
+
+def capacity(plan: RowPlan) -> Capacity:
+    """The places a plan was made with."""
+    if plan.routes is None:
+        return Capacity(0, len(plan.owned_U))
+    shards = jax.typeof(plan.routes.place_K).sharding.mesh.size
+    return Capacity(len(plan.routes.place_K) // shards**2, len(plan.owned_U) // shards)
+
+
+def requests(plan: RowPlan) -> jax.Array:
+    """Distinct rows that the devices ask for, all askers together: int32 scalar."""
+    return plan.need.owner if plan.routes is None else jnp.sum(plan.routes.asked_S)  # type: ignore[return-value]
+
+
+def overflow(plan: RowPlan) -> jax.Array:
+    """Places by which the fullest block or list exceeds its capacity: int32 scalar, 0 for a plan that may be used."""
+    if plan.routes is None:
+        return jnp.zeros((), jnp.int32)
+    given = capacity(plan)
+    return jnp.maximum(jnp.maximum(plan.need.pair - given.pair, plan.need.owner - given.owner), 0)
+
+
+def plan_rows(
+    ids: Mapping[str, jax.Array],
+    layouts: Mapping[str, TableLayout],
+    capacities: Mapping[str, Capacity] | None = None,
+    transport: str = "all_to_all",
+) -> dict[str, RowPlan]:
+    """Plans of several tables, their requests in one exchange.
+
+    ids: int32 [B, T, H] per table, sharded over the batch. Without `capacities` nothing can overflow, at the cost of
+    blocks as large as the batch. Raises `ConfigError` if the mesh or batch does not fit.
+    """
+    axes = mesh_axes()
+    devices = 1 if not axes else jax.sharding.get_abstract_mesh().size
+    for name, layout in layouts.items():
+        require(
+            layout.shards == devices,
+            f"The table of layer {name} is cut into {layout.shards} shards, but the mesh has {devices} devices: "
+            "build the store for this mesh (MemoryStore.create(..., shards=mesh.size)).",
+        )
+        batch = ids[name].shape[0]
+        require(batch % devices == 0, f"A batch of {batch} sequences does not divide over {devices} devices.")
+    if capacities is None:
+        capacities = {name: safe_capacity(layouts[name], ids[name].size // devices) for name in ids}
+
+    def local(ids: dict[str, jax.Array]) -> dict[str, RowPlan]:
+        if devices == 1:
+            return {name: _plan_alone(ids[name], layouts[name], axes) for name in ids}
+        asked = {name: _ask(ids[name], layouts[name], capacities[name].pair, axes) for name in ids}
+        sizes = jnp.stack([a.sizes_S for a in asked.values()], axis=1)
+        arrived_sizes = jax.lax.all_to_all(sizes, axes, 0, 0, tiled=True)
+        routes = {name: (asked[name].sizes_S, arrived_sizes[:, i]) for i, name in enumerate(asked)}
+        arrived = _exchange({name: a.requests_K for name, a in asked.items()}, routes, transport, axes)
+        return {n: _own(asked[n], arrived[n], routes[n], layouts[n], capacities[n], axes) for n in ids}
+
+    return on_shards(local, (jax.P(axes),), {name: _specs(axes, alone=devices == 1) for name in ids})(dict(ids))
+
+
+def _specs(axes: Axes, alone: bool) -> RowPlan:
+    split, whole = jax.P(axes), jax.P()
+    routes = None if alone else Routes(split, split, split, split)
+    return RowPlan(split, split, split, split, routes, Capacity(whole, whole), whole)  # type: ignore[arg-type]
+
+
+class _Asked(NamedTuple):
+    ids_BTH: jax.Array
+    slot_N: jax.Array
+    order_N: jax.Array
+    requests_K: jax.Array
+    sizes_S: jax.Array
+    need: jax.Array
+    first_fault: jax.Array
+
+
+def _ask(ids_BTH: jax.Array, layout: TableLayout, capacity: int, axes: Axes) -> _Asked:
+    """This device's distinct requests, by owner and local row."""
+    shards, rows = layout.shards, layout.rows_per_shard
+    owner_N, local_N, first_fault = _locate(ids_BTH, layout, axes)
+    nowhere = shards * rows  # ids that are no rows sort behind all others and are asked of nobody
+    key_N = jnp.where(owner_N < shards, owner_N * rows + local_N, nowhere)
+    sorted_N, order_N = stable_sort(key_N)
+    rank_N = _ranks(sorted_N)
+    edges = jnp.searchsorted(sorted_N, rows * jnp.arange(shards + 1, dtype=jnp.int32)).astype(jnp.int32)
+    count = rank_N[-1] + 1
+    first_S1 = jnp.where(edges < len(rank_N), rank_N.at[edges].get(mode="clip"), count)
+    sizes_S = first_S1[1:] - first_S1[:-1]
+    owner_N = sorted_N // rows
+    place_N = rank_N - first_S1[jnp.minimum(owner_N, shards)]
+    fits_N = (place_N < capacity) & (owner_N < shards)
+    slot_N = jnp.where(fits_N, owner_N * capacity + place_N, shards * capacity)
+    requests_K = jnp.full((shards * capacity,), rows, jnp.int32).at[slot_N].set(sorted_N % rows, mode="drop")
+    slot_N = jnp.zeros_like(slot_N).at[order_N].set(slot_N, unique_indices=True)
+    sizes_S, need = jnp.minimum(sizes_S, capacity), jnp.max(sizes_S)
+    return _Asked(ids_BTH, slot_N, order_N, requests_K, sizes_S, need, first_fault)
+
+
+def _own(
+    asked: _Asked, arrived_K: jax.Array, sizes: tuple, layout: TableLayout, capacity: Capacity, axes: Axes
+) -> RowPlan:
+    """The owner's list: the distinct rows among all that arrived."""
+    rows, (sizes_S, arrived_S) = layout.rows_per_shard, sizes
+    place_in_part_K = jnp.arange(len(arrived_K), dtype=jnp.int32) % capacity.pair
+    filled_K = place_in_part_K < jnp.repeat(arrived_S, capacity.pair, total_repeat_length=len(arrived_K))
+    damaged_K = filled_K & ((arrived_K < 0) | (arrived_K >= rows))
+    sorted_K, order_K = stable_sort(jnp.where(filled_K & ~damaged_K, arrived_K, rows))
+    rank_K = _ranks(sorted_K)
+    is_row_K = sorted_K < rows
+    need = jnp.max(jnp.where(is_row_K, rank_K + 1, 0))
+    rank_K = jnp.where(is_row_K & (rank_K < capacity.owner), rank_K, capacity.owner)
+    beyond_U = rows + jnp.arange(capacity.owner, dtype=jnp.int32)
+    owned_U = beyond_U.at[rank_K].set(sorted_K, mode="drop", indices_are_sorted=True)
+    place_K = jnp.zeros_like(rank_K).at[order_K].set(rank_K, unique_indices=True)
+    needs = Capacity(jax.lax.pmax(asked.need, axes), jax.lax.pmax(need, axes))
+    faults = jnp.stack([asked.first_fault, jax.lax.psum(jnp.sum(damaged_K, dtype=jnp.int32), axes)])
+    routes = Routes(place_K, order_K, sizes_S, arrived_S)
+    return RowPlan(asked.ids_BTH, asked.slot_N, asked.order_N, owned_U, routes, needs, faults)  # type: ignore[arg-type]
+
+
+def _plan_alone(ids_BTH: jax.Array, layout: TableLayout, axes: Axes) -> RowPlan:
+    """One device: each lookup's row among the distinct ones. Nothing can overflow."""
+    _, local_N, first_fault = _locate(ids_BTH, layout, axes)
+    rows, count = layout.rows_per_shard, local_N.size
+    sorted_N, order_N = stable_sort(local_N)
+    rank_N = jnp.where(sorted_N < rows, _ranks(sorted_N), count)  # ids that are no rows have no place
+    beyond_U = rows + jnp.arange(count, dtype=jnp.int32)
+    owned_U = beyond_U.at[rank_N].set(sorted_N, mode="drop", indices_are_sorted=True)
     slot_N = jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True)
-    return RowPlan(ids_BTH, unique_U, slot_N, order_N)
+    needs = Capacity(jnp.zeros((), jnp.int32), jnp.sum(owned_U < rows, dtype=jnp.int32))  # type: ignore[arg-type]
+    faults = jnp.stack([first_fault, jnp.zeros((), jnp.int32)])
+    return RowPlan(ids_BTH, slot_N, order_N, owned_U, None, needs, faults)
+
+
+def _locate(ids_BTH: jax.Array, layout: TableLayout, axes: Axes) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Owner and local row of each lookup [N], and the first lookup of the whole batch that is no row of its head."""
+    first_H = jnp.asarray(layout.offsets, jnp.int32)[None, None]
+    sizes_H = jnp.asarray(layout.head_rows, jnp.int32)[None, None]
+    wrong_N = ((ids_BTH < first_H) | (ids_BTH >= first_H + sizes_H)).reshape(-1)
+    owner, local = layout.locate(ids_BTH)
+    owner_N = jnp.where(wrong_N, layout.shards, owner.reshape(-1))
+    local_N = jnp.where(wrong_N, layout.rows_per_shard, local.reshape(-1))
+    none = jnp.iinfo(jnp.int32).max
+    first = jnp.where(jnp.any(wrong_N), jnp.argmax(wrong_N).astype(jnp.int32), none)
+    if axes:
+        before = jax.lax.axis_index(axes).astype(jnp.int32) * wrong_N.size
+        first = jax.lax.pmin(jnp.where(first < none, first + before, none), axes)
+    return owner_N, local_N, jnp.where(first < none, first, -1)
 
 
 def stable_sort(ids_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Ids in ascending order, and where each one stood: int32 [N] both.
+    """Ids (not negative) in ascending order, and where each one stood: int32 [N] both.
 
     Id and place are sorted as one 64-bit number: 2.3 ms for 65,536 on CPU, where `lax.sort` of the pair takes 11.
     """
@@ -52,30 +257,76 @@ def stable_sort(ids_N: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (keys_N >> 32).astype(jnp.int32), keys_N.astype(jnp.int32)
 
 
-def take(array_R: jax.Array, plan: RowPlan) -> jax.Array:
-    """The plan's distinct rows of an array whose first dim is the table's: [U, ...]."""
-    return array_R.at[plan.unique_U].get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
+def _ranks(sorted_N: jax.Array) -> jax.Array:
+    """0, 1, ... counting distinct values of a sorted array."""
+    starts_N = jnp.concatenate([jnp.ones((1,), bool), sorted_N[1:] != sorted_N[:-1]])
+    return jnp.cumsum(starts_N, dtype=jnp.int32) - 1
 
 
-def put(array_R: jax.Array, plan: RowPlan, values_U: jax.Array) -> jax.Array:
-    """The array with the plan's rows replaced; in place when it is donated."""
-    return array_R.at[plan.unique_U].set(values_U, mode="drop", indices_are_sorted=True, unique_indices=True)
+# --- moving ---
 
 
-def spread(rows_UD: jax.Array, plan: RowPlan, batch_sharding: jax.P | None = None) -> jax.Array:
-    """Distinct rows back to one row per lookup: [B, T, H, D]."""
-    rows_ND = rows_UD[plan.slot_N]
-    rows_BTHD = rows_ND.reshape(*plan.ids_BTH.shape, rows_UD.shape[-1])
-    return rows_BTHD if batch_sharding is None else jax.reshard(rows_BTHD, batch_sharding)
+def send_rows(rows: Mapping[str, jax.Array], plan: Mapping[str, RowPlan], transport: str) -> dict[str, jax.Array]:
+    """Owners' rows [S * U, D] to the lookups that asked: [B, T, H, D] per table, zero where an id was no row."""
+    axes = mesh_axes()
+
+    def local(rows: dict[str, jax.Array], plan: dict[str, RowPlan]) -> dict[str, jax.Array]:
+        routes = {name: p.routes for name, p in plan.items() if p.routes is not None}
+        if routes:
+            blocks = {name: _take(rows[name], r.place_K) for name, r in routes.items()}
+            rows = _exchange(blocks, {name: (r.arrived_S, r.asked_S) for name, r in routes.items()}, transport, axes)
+        return {name: _take(rows[name], p.slot_N).reshape(*p.ids_BTH.shape, -1) for name, p in plan.items()}
+
+    return _per_table(local, rows, plan, axes)
 
 
-def gather_gradients(grads_BTHD: jax.Array, plan: RowPlan) -> jax.Array:
-    """Sum of the gradients of each distinct row, in the order of the sort: [U, D]."""
-    grads_ND = replicate(grads_BTHD).reshape(-1, grads_BTHD.shape[-1])
-    rank_N = plan.slot_N[plan.order_N]
-    return jax.ops.segment_sum(grads_ND[plan.order_N], rank_N, len(rank_N), indices_are_sorted=True)
+def collect_grads(grads: Mapping[str, jax.Array], plan: Mapping[str, RowPlan], transport: str) -> dict[str, jax.Array]:
+    """Gradients of lookups [B, T, H, D] to the owners, summed per row: [S * U, D] per table, zero in unused places."""
+    axes = mesh_axes()
+
+    def local(grads: dict[str, jax.Array], plan: dict[str, RowPlan]) -> dict[str, jax.Array]:
+        sums, routes = {}, {name: p.routes for name, p in plan.items() if p.routes is not None}
+        for name, p in plan.items():
+            places = len(routes[name].place_K) if name in routes else len(p.owned_U)
+            sums[name] = _segment_sum(grads[name].reshape(p.slot_N.size, -1), p.order_N, p.slot_N, places)
+        if not routes:
+            return sums
+        arrived = _exchange(sums, {name: (r.asked_S, r.arrived_S) for name, r in routes.items()}, transport, axes)
+        return {
+            name: _segment_sum(arrived[name], r.order_K, r.place_K, len(plan[name].owned_U))
+            for name, r in routes.items()
+        }
+
+    return _per_table(local, grads, plan, axes)
 
 
-def replicate(x: jax.Array) -> jax.Array:
-    """Every device gets the whole array (no-op outside a mesh)."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, jax.P())
+def _per_table(function: Callable, arrays: Mapping, plan: Mapping[str, RowPlan], axes: Axes) -> dict[str, jax.Array]:
+    """`function(arrays, plan)` on each device's part."""
+    split = {name: jax.P(axes) for name in plan}
+    specs = {name: _specs(axes, alone=p.routes is None) for name, p in plan.items()}
+    return on_shards(function, (split, specs), split)({name: arrays[name] for name in plan}, dict(plan))
+
+
+def _take(rows_UD: jax.Array, place_N: jax.Array) -> jax.Array:
+    return rows_UD.at[place_N].get(mode="fill", fill_value=0)
+
+
+def _segment_sum(values_ND: jax.Array, order_N: jax.Array, place_N: jax.Array, places: int) -> jax.Array:
+    """Sums of the values at each place, in the given order; places beyond the end are left out."""
+    return jax.ops.segment_sum(values_ND[order_N], place_N[order_N], places, indices_are_sorted=True)
+
+
+def _exchange(
+    blocks: Mapping[str, jax.Array], sizes: Mapping[str, tuple], transport: str, axes: Axes
+) -> dict[str, jax.Array]:
+    """One block per table; tables of one width travel together where blocks have fixed places."""
+    first = next(iter(blocks.values()))
+    alike = all(b.shape[1:] == first.shape[1:] and b.dtype == first.dtype for b in blocks.values())
+    if transport != "all_to_all" or len(blocks) == 1 or not alike:
+        return {name: TRANSPORTS[transport](block, *sizes[name], axes) for name, block in blocks.items()}
+    shards = len(next(iter(sizes.values()))[0])
+    parts = [block.reshape(shards, -1, *block.shape[1:]) for block in blocks.values()]
+    moved = jax.lax.all_to_all(jnp.concatenate(parts, axis=1), axes, 0, 0, tiled=True)
+    ends = np.cumsum([part.shape[1] for part in parts])[:-1]
+    arrived = jnp.split(moved, ends, axis=1)
+    return {name: part.reshape(block.shape) for (name, block), part in zip(blocks.items(), arrived, strict=True)}

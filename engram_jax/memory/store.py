@@ -1,127 +1,410 @@
-"""MemoryStore: the tables of all Engram layers, how they are addressed, and who updates them.
+"""MemoryStore: the tables of all Engram layers, how they are addressed, where they lie, and who updates them.
 
-    state = store.init(key)                             tables at birth
-    plan  = store.plan(token_ids, segment_ids)          row ids, a pure function of tokens
+    state = store.init(key)                             tables at birth, sharded
+    plan  = store.plan(token_ids, segment_ids)          who reads which rows, a pure function of tokens
     rows  = store.fetch(state, plan, step)              what the readers see: [batch, seq, heads, head_dim] per layer
-    grads = store.reduce(plan, row_grads)               one summed gradient per distinct row
+    grads = store.reduce(plan, row_grads)               one summed gradient per distinct row, at its owner
     state = store.update(state, plan, grads, step)      the plan's rows only (donate the state)
-    table = store.materialize(state, step)              the logical table, for export and tests
+    table = store.materialize(state, step)              the logical tables, for export and tests
 
-A row lives in `MemoryState.tables[layer].rows`; it is addressed by memory/hashing.py; memory/row_optimizers.py says how
-it moves. The store holds no device arrays: it can be closed over by any jitted function.
+`fetch` and `update` are made of steps that a training step takes one by one, so that rows are read once and the next
+batch's can be read early: `held = load(state, plan)`, `rows(held, plan, step)`, `held = advance(held, plan, grads,
+step)`, `state = save(state, plan, held)`, and `patch` for rows that were read before the update of the batch before.
+
+Beside it: hashing.py says which rows a token reads, table.py where they are, routing.py how they travel,
+placements/ which memory holds them, row_optimizers/ how they move. The store holds no device arrays: it can be closed
+over by any jitted function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from engram_jax.config import EngramConfig
-from engram_jax.memory import routing
+from engram_jax.config import EngramConfig, require
+from engram_jax.memory import outside, routing
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.hashing import HashConstants, canonicalize, hash_constants, ngram_row_ids
-from engram_jax.memory.routing import RowPlan
-from engram_jax.memory.row_optimizers import RowOptimizer, Slots
-from engram_jax.sharding import spec
+from engram_jax.memory.placements import DevicePlacement, Placement, Table
+from engram_jax.memory.rounding import row_noise, stochastic_round
+from engram_jax.memory.routing import Capacity, RowPlan, on_shards
+from engram_jax.memory.row_optimizers import RowOptimizer
+from engram_jax.memory.table import RowInit, TableLayout, TableState
 
 MemoryPlan = dict[str, RowPlan]
 MemoryRows = dict[str, jax.Array]
+Held = dict[str, TableState]
+"""Rows of one batch with all that is kept for them, at their owners: by layer, [S * U, ...]."""
 
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TableState:
-    """One layer's table. rows: float32 [num_rows, head_dim]; slots: what the optimizer keeps for each row."""
-
-    rows: jax.Array
-    slots: Slots
+ON_DEVICE = DevicePlacement()
+CHUNK_ROWS = 65_536
+"""Local rows that are made, saved or restored at a time."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class MemoryState:
-    tables: dict[str, TableState]
+    tables: dict[str, Table]
     """By Engram layer, keyed `str(layer_id)`. Empty without memory."""
+    rows_used: dict[str, jax.Array]
+    """By layer: int32, rows that any update has touched so far."""
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryStore:
-    """Static description of the memory: what to hash and how to optimize. See the module's docstring for its use."""
+    """Static description of the memory. See the module's docstring for its use."""
 
     config: EngramConfig
     token_map: TokenMap
     constants: HashConstants
     optimizer: RowOptimizer
+    placement: Placement = ON_DEVICE
+    shards: int = 1
+    """Devices of the mesh; rows are cut over all of them."""
     init_std: float = 0.02
+    row_dtype: str = "float32"
+    """bfloat16: rows are stored so and rounded stochastically when written."""
+    transport: str = "all_to_all"
+    seed: int = 0
+    """Of the stochastic rounding."""
+
+    def __post_init__(self):
+        require(
+            self.placement.in_program or not self.optimizer.whole_table,
+            "This placement keeps tables outside the program, and the row optimizer passes over the whole table at "
+            "every step: choose memory.placement=device, or another optimizer.table_optimizer.",
+        )
+        for layer, layout in self.layouts.items():
+            require(
+                layout.shards * layout.rows_per_shard < 2**31,
+                f"The table of layer {layer} has {layout.shards * layout.rows_per_shard:,} rows over {self.shards} "
+                "devices, and row ids are int32: lower engram_vocab_size.",
+            )
 
     @classmethod
-    def create(
-        cls, config: EngramConfig, token_map: TokenMap, optimizer: RowOptimizer, init_std: float = 0.02
-    ) -> MemoryStore:
-        return cls(config, token_map, hash_constants(config, token_map), optimizer, init_std)
+    def create(cls, config: EngramConfig, token_map: TokenMap, optimizer: RowOptimizer, **settings: Any) -> MemoryStore:
+        """The store of a config; `settings` are the fields from `placement` on."""
+        return cls(config, token_map, hash_constants(config, token_map), optimizer, **settings)
+
+    @cached_property
+    def layouts(self) -> dict[str, TableLayout]:
+        return {str(i): TableLayout(self.constants.head_rows(i), self.shards) for i in self.config.engram_layer_ids}
 
     @property
     def layers(self) -> tuple[str, ...]:
-        return tuple(str(layer_id) for layer_id in self.config.engram_layer_ids)
+        return tuple(self.layouts)
 
     def num_rows(self, layer: str) -> int:
-        return self.constants.num_rows(int(layer))
+        """Logical rows of a layer's table."""
+        return self.layouts[layer].num_rows
+
+    # --- tables ---
 
     def init(self, key: jax.Array) -> MemoryState:
-        """Rows from N(0, init_std); the paper leaves their initialisation open. Jit this call."""
-        return MemoryState({layer: self._init_table(layer, key) for layer in self.layers})
+        """Rows from N(0, init_std); the paper leaves their initialisation open. Made in chunks: do not jit this call.
 
-    def _init_table(self, layer: str, key: jax.Array) -> TableState:
-        shape = (self.num_rows(layer), self.config.engram_head_dim)
-        key = jax.random.fold_in(key, int(layer))
-        rows = self.init_std * jax.random.normal(key, shape, jnp.float32, out_sharding=spec(None, None))
-        return TableState(rows, self.optimizer.init(rows))
+        A row's first value is a function of the key, its layer and its logical id: the same on every mesh.
+        """
+        in_program = self.placement.in_program
+        static = ("layer", "count")
+        first_rows = self.first_rows if in_program else jax.jit(self.first_rows, static_argnames=static)
 
-    def plan(self, token_ids_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> MemoryPlan:
-        """Rows each position reads. `segment_ids` (0 = padding) end the n-gram windows at document boundaries."""
+        def fill(table: Table, key: jax.Array, start: jax.Array, layer: str, count: int) -> Table:
+            return self.write_chunk(table, start, first_rows(key, start, layer, count))
+
+        if in_program:
+            fill = jax.jit(fill, static_argnames=static, donate_argnums=0)
+        tables = {}
+        for layer, table in self.allocate().items():
+            rows, layer_key = self.layouts[layer].rows_per_shard, jax.random.fold_in(key, int(layer))
+            count = min(CHUNK_ROWS, rows)
+            for start in range(0, rows, count):
+                table = fill(table, layer_key, jnp.int32(start), layer, count)
+            tables[layer] = table
+        return MemoryState(tables, self.none_used())
+
+    def first_rows(self, key: jax.Array, start: jax.Array, layer: str, count: int) -> TableState:
+        """New local rows start .. start + count of every shard: [S * count, ...], zero where there is no row."""
+        make = RowInit(self.config.engram_head_dim, self.init_std, self.row_dtype)
+
+        def local(key: jax.Array, start: jax.Array) -> TableState:
+            logical_U = self._logical(layer, start + jnp.arange(count, dtype=jnp.int32))
+            rows_UD = make(key, logical_U)
+            rows_UD = jnp.where(logical_U[:, None] < self.num_rows(layer), rows_UD, jnp.zeros_like(rows_UD))
+            return self._new_rows(rows_UD)
+
+        return self._on_shards(local, key, start)
+
+    def allocate(self) -> dict[str, Table]:
+        """Tables of zeros."""
+        if not self.placement.in_program:
+            return outside.allocate(self)
+        return {layer: jax.jit(lambda layer=layer: self._allocate(layer))() for layer in self.layers}
+
+    def abstract_state(self) -> MemoryState:
+        """Shapes, dtypes and shardings of the state."""
+        if not self.placement.in_program:
+            return MemoryState(outside.abstract_tables(self), jax.eval_shape(self.none_used))
+        return jax.eval_shape(lambda: MemoryState({la: self._allocate(la) for la in self.layers}, self.none_used()))
+
+    def _allocate(self, layer: str) -> Table:
+        rows = self.layouts[layer].rows_per_shard
+        return on_shards(lambda: self.placement.allocate(rows, self.row_shapes()), (), jax.P(routing.mesh_axes()))()
+
+    def none_used(self) -> dict[str, jax.Array]:
+        """`rows_used` of new tables."""
+        return {layer: jnp.zeros((), jnp.int32) for layer in self.layers}
+
+    def row_shapes(self) -> TableState:
+        """Shapes and dtypes of one row and what is kept for it: [1, ...]."""
+        rows = jax.ShapeDtypeStruct((1, self.config.engram_head_dim), self.row_dtype)
+        return jax.eval_shape(self._new_rows, rows)
+
+    def _new_rows(self, rows_UD: jax.Array) -> TableState:
+        return TableState(rows_UD, self.optimizer.init(rows_UD), jnp.zeros(rows_UD.shape[:1], jnp.int32))
+
+    # --- addressing ---
+
+    def plan(
+        self,
+        token_ids_BT: jax.Array,
+        segment_ids_BT: jax.Array | None = None,
+        capacities: Mapping[str, Capacity] | None = None,
+    ) -> MemoryPlan:
+        """Rows each position reads. `segment_ids` (0 = padding) end the n-gram windows at document boundaries.
+
+        Without `capacities` no batch can overflow them, but the blocks that travel are as large as the batch; with
+        them, a plan whose `need` exceeds them must be made again (see `fits`).
+        """
         if self.config.engram_cross_documents:
             segment_ids_BT = None
         canonical_BT = canonicalize(self.token_map, token_ids_BT)
-        plan = {}
-        for layer in self.layers:
-            ids_BTH = ngram_row_ids(self.constants, int(layer), canonical_BT, segment_ids_BT)
-            plan[layer] = routing.plan_rows(ids_BTH, self.num_rows(layer))
-        return plan
+        ids = {la: ngram_row_ids(self.constants, int(la), canonical_BT, segment_ids_BT) for la in self.layers}
+        return self.plan_ids(ids, capacities)
 
-    def fetch(self, state: MemoryState, plan: MemoryPlan, step: jax.Array) -> MemoryRows:
+    def plan_ids(self, ids: Mapping[str, jax.Array], capacities: Mapping[str, Capacity] | None = None) -> MemoryPlan:
+        """The plan of given logical row ids, int32 [B, T, H] per layer. See `check` for ids that are no rows."""
+        return routing.plan_rows(ids, self.layouts, capacities, self.transport)
+
+    # --- one step ---
+
+    def fetch(self, state: MemoryState, plan: MemoryPlan, step: jax.Array | int) -> MemoryRows:
         """Rows as they stand after `step` updates: float32 [batch, seq, heads, head_dim] per Engram layer."""
-        rows = {}
-        for layer, row_plan in plan.items():
-            rows_UD, _ = self._read(state.tables[layer], row_plan, step)
-            rows[layer] = routing.spread(rows_UD, row_plan, spec("batch", "seq", None, None))
-        return rows
+        return self.rows(self.load(state, plan), plan, step)
+
+    def load(self, state: MemoryState, plan: MemoryPlan) -> Held:
+        """The plan's rows and their optimizer rows as they lie in the tables, on the devices of their owners."""
+        if not self.placement.in_program:
+            return outside.load(self, state.tables, plan)
+        return {
+            layer: self._on_shards(self.placement.take, state.tables[layer], row_plan.owned_U)
+            for layer, row_plan in plan.items()
+        }
+
+    def rows(self, held: Held, plan: MemoryPlan, step: jax.Array | int) -> MemoryRows:
+        """What the readers see of loaded rows."""
+
+        def read(held: TableState, step: jax.Array) -> jax.Array:
+            return self.optimizer.read(held.rows, held.slots, step)[0]
+
+        owned = {layer: self._on_shards(read, held[layer], _int(step)) for layer in plan}
+        return routing.send_rows(owned, plan, self.transport)
 
     def reduce(self, plan: MemoryPlan, row_grads: MemoryRows) -> dict[str, jax.Array]:
-        """Sums the gradients of repeated rows: [slots, head_dim] per layer, zero in unused slots."""
-        return {layer: routing.gather_gradients(row_grads[layer], plan[layer]) for layer in plan}
+        """Sums the gradients of repeated rows: [S * U, head_dim] per layer, zero in unused places."""
+        return routing.collect_grads(row_grads, plan, self.transport)
 
     def update(
-        self, state: MemoryState, plan: MemoryPlan, grads: Mapping[str, jax.Array], step: jax.Array
+        self,
+        state: MemoryState,
+        plan: MemoryPlan,
+        grads: Mapping[str, jax.Array],
+        step: jax.Array | int,
+        held: Held | None = None,
     ) -> MemoryState:
-        """Update number `step + 1`, with gradients from `reduce`. Writes the plan's rows and nothing else."""
-        tables = {layer: self._update_table(state.tables[layer], plan[layer], grads[layer], step) for layer in plan}
-        return MemoryState(tables)
+        """Update number `step + 1`, with gradients from `reduce`. Writes the plan's rows and nothing else.
 
-    def _update_table(self, table: TableState, plan: RowPlan, grads_UD: jax.Array, step: jax.Array) -> TableState:
+        `held` saves reading the rows again. A rule that needs the whole table (Sinkhorn) writes all of it.
+        """
         if self.optimizer.whole_table:
-            grads_RD = jnp.zeros_like(table.rows).at[plan.unique_U].add(grads_UD, mode="drop")
-            return TableState(*self.optimizer.update(table.rows, table.slots, grads_RD, step))
-        rows_UD, slots = self._read(table, plan, step)
-        rows_UD, slots = self.optimizer.update(rows_UD, slots, grads_UD, step)
-        return jax.tree.map(lambda array_R, new_U: routing.put(array_R, plan, new_U), table, TableState(rows_UD, slots))
+            return self._update_tables(state, plan, grads, step)
+        return self.save(state, plan, self.advance(held or self.load(state, plan), plan, grads, step))
 
-    def _read(self, table: TableState, plan: RowPlan, step: jax.Array) -> tuple[jax.Array, Slots]:
-        batch = jax.tree.map(lambda array_R: routing.take(array_R, plan), table)
-        return self.optimizer.read(batch.rows, batch.slots, step)
+    def advance(self, held: Held, plan: MemoryPlan, grads: Mapping[str, jax.Array], step: jax.Array | int) -> Held:
+        """Loaded rows after update number `step + 1`."""
 
-    def materialize(self, state: MemoryState, step: jax.Array) -> dict[str, jax.Array]:
-        """Every row as it stands after `step` updates: [num_rows, head_dim] per layer."""
-        return {layer: self.optimizer.read(t.rows, t.slots, step)[0] for layer, t in state.tables.items()}
+        def one_table(layer: str) -> Callable:
+            def local(held: TableState, owned_U: jax.Array, grads_UD: jax.Array, step: jax.Array) -> TableState:
+                rows_UD, slots = self.optimizer.read(held.rows, held.slots, step)
+                rows_UD, slots = self.optimizer.update(rows_UD, slots, grads_UD, step)
+                return TableState(self._stored(layer, rows_UD, owned_U, step), slots, held.uses + 1)
+
+            return local
+
+        return {
+            layer: self._on_shards(one_table(layer), held[layer], p.owned_U, grads[layer], _int(step))
+            for layer, p in plan.items()
+        }
+
+    def save(self, state: MemoryState, plan: MemoryPlan, held: Held) -> MemoryState:
+        """The state with these rows written back."""
+        if self.placement.in_program:
+            tables = {
+                layer: self._on_shards(self.placement.put, state.tables[layer], p.owned_U, held[layer])
+                for layer, p in plan.items()
+            }
+        else:
+            tables = outside.save(self, state.tables, plan, held)
+        return MemoryState(tables, self._count_new(state, plan, {layer: h.uses for layer, h in held.items()}))
+
+    def patch(self, early: Held, early_plan: MemoryPlan, held: Held, plan: MemoryPlan) -> Held:
+        """`early`, loaded before `held` was saved, as it would be if loaded after: the same bits."""
+
+        def local(early: TableState, early_U: jax.Array, held: TableState, owned_U: jax.Array) -> TableState:
+            place_U = jnp.minimum(jnp.searchsorted(owned_U, early_U), len(owned_U) - 1)
+            newer_U = owned_U[place_U] == early_U
+
+            def choose(old_U: jax.Array, new_U: jax.Array) -> jax.Array:
+                return jnp.where(newer_U.reshape(-1, *[1] * (old_U.ndim - 1)), new_U[place_U], old_U)
+
+            return jax.tree.map(choose, early, held)
+
+        return {
+            layer: self._on_shards(local, early[layer], p.owned_U, held[layer], plan[layer].owned_U)
+            for layer, p in early_plan.items()
+        }
+
+    def _update_tables(
+        self, state: MemoryState, plan: MemoryPlan, grads: Mapping[str, jax.Array], step: jax.Array | int
+    ) -> MemoryState:
+        axes = routing.mesh_axes()
+
+        def total(x: jax.Array) -> jax.Array:
+            return jax.lax.psum(x, axes) if axes else x
+
+        def one_table(layer: str) -> Callable:
+            def local(table: TableState, owned_U: jax.Array, grads_UD: jax.Array, step: jax.Array) -> TableState:
+                local_R = jnp.arange(len(table.uses), dtype=jnp.int32)
+                is_row_R = self._logical(layer, local_R) < self.num_rows(layer)
+                zeros_RD = jnp.zeros(table.rows.shape, jnp.float32)
+                grads_RD = zeros_RD.at[owned_U].add(grads_UD, mode="drop")
+                rows_RD = table.rows.astype(jnp.float32)
+                rows_RD, slots = self.optimizer.update_table(rows_RD, table.slots, grads_RD, step, is_row_R, total)  # type: ignore[attr-defined]
+                uses_R = table.uses.at[owned_U].add(1, mode="drop")
+                return TableState(self._stored(layer, rows_RD, local_R, step), slots, uses_R)
+
+            return local
+
+        tables = {
+            layer: self._on_shards(one_table(layer), state.tables[layer], p.owned_U, grads[layer], _int(step))
+            for layer, p in plan.items()
+        }
+        uses = {layer: held.uses for layer, held in self.load(MemoryState(tables, {}), plan).items()}
+        return MemoryState(tables, self._count_new(state, plan, uses))
+
+    def _stored(self, layer: str, rows_UD: jax.Array, local_U: jax.Array, step: jax.Array) -> jax.Array:
+        """Rows as the table keeps them. The noise of the rounding depends on step, layer and logical row alone."""
+        if self.row_dtype == "float32":
+            return rows_UD
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), int(layer)), step)
+        return stochastic_round(rows_UD, row_noise(key, self._logical(layer, local_U), rows_UD.shape[-1]))
+
+    def _count_new(self, state: MemoryState, plan: MemoryPlan, uses: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        axes = routing.mesh_axes()
+
+        def new_rows(layer: str) -> Callable:
+            def local(uses_U: jax.Array, owned_U: jax.Array) -> jax.Array:
+                is_new_U = (uses_U == 1) & (owned_U < self.layouts[layer].rows_per_shard)
+                count = jnp.sum(is_new_U, dtype=jnp.int32)
+                return jax.lax.psum(count, axes) if axes else count
+
+            return on_shards(local, jax.P(axes), jax.P())
+
+        return {layer: state.rows_used[layer] + new_rows(layer)(uses[layer], p.owned_U) for layer, p in plan.items()}
+
+    # --- whole tables ---
+
+    def materialize(self, state: MemoryState, step: jax.Array | int) -> Mapping[str, jax.Array | np.ndarray]:
+        """Every row as it stands after `step` updates, in logical order: float32 [num_rows, head_dim] per layer."""
+        if not self.placement.in_program:
+            return outside.materialize(self, state.tables, step, CHUNK_ROWS)
+
+        def local(table: Table, step: jax.Array, layer: str) -> jax.Array:
+            held = self.placement.take(table, jnp.arange(self.layouts[layer].rows_per_shard, dtype=jnp.int32))
+            return self.optimizer.read(held.rows, held.slots, step)[0]
+
+        tables = {}
+        for layer, layout in self.layouts.items():
+            rows = self._on_shards(partial(local, layer=layer), state.tables[layer], _int(step))
+            tables[layer] = layout.to_logical(jax.reshard(rows, jax.P()) if routing.mesh_axes() else rows)
+        return tables
+
+    def read_chunk(self, table: Table, start: jax.Array | int, count: int) -> TableState:
+        """Local rows start .. start + count of every shard, as they lie: [S * count, ...]. Jit this call."""
+        if not self.placement.in_program:
+            return outside.read_chunk(self, table, int(start), count)
+
+        def local(table: Table, start: jax.Array) -> TableState:
+            return self.placement.take(table, start + jnp.arange(count, dtype=jnp.int32))
+
+        return self._on_shards(local, table, _int(start))
+
+    def write_chunk(self, table: Table, start: jax.Array | int, chunk: TableState) -> Table:
+        """The inverse of `read_chunk`; rows beyond the shard's end are dropped. Jit this call and donate the table."""
+        if not self.placement.in_program:
+            return outside.write_chunk(self, table, int(start), chunk)
+
+        def local(table: Table, start: jax.Array, chunk: TableState) -> Table:
+            return self.placement.put(table, start + jnp.arange(len(chunk.uses), dtype=jnp.int32), chunk)
+
+        return self._on_shards(local, table, _int(start), chunk)
+
+    def _on_shards(self, function: Callable, *args: Any) -> Any:
+        """`function` of each shard's part of the arguments; scalars go to all."""
+        axes = routing.mesh_axes()
+        specs = tuple(jax.P() if isinstance(x, jax.Array) and x.ndim == 0 else jax.P(axes) for x in args)
+        return on_shards(function, specs, jax.P(axes))(*args)
+
+    def _logical(self, layer: str, local_U: jax.Array) -> jax.Array:
+        axes = routing.mesh_axes()
+        shard = jax.lax.axis_index(axes) if axes else 0
+        return self.layouts[layer].logical(shard, local_U)
+
+
+def fits(plan: MemoryPlan) -> bool:
+    """Whether nothing overflowed. Waits for the plan."""
+    return all(int(routing.overflow(p)) == 0 for p in plan.values())
+
+
+class RowIdError(ValueError):
+    """A lookup that names no row, or a request that was damaged on its way."""
+
+
+def check(plan: MemoryPlan) -> None:
+    """Raises `RowIdError` naming layer, head and position of the first id that is no row. Waits for the plan.
+
+    Every process sees the same verdict, so all of them raise and none waits for another.
+    """
+    for layer, p in plan.items():
+        first, damaged = (int(x) for x in np.asarray(p.faults))
+        if first >= 0:
+            b, t, h = np.unravel_index(first, p.ids_BTH.shape)
+            raise RowIdError(
+                f"Layer {layer}, head {h}, sequence {b}, position {t}: the row id lies outside its head. Ids must come "
+                "from this store's own plan (its hash constants), or lie within the head's rows."
+            )
+        if damaged:
+            raise RowIdError(
+                f"Layer {layer}: {damaged} row requests arrived outside the owner's shard, so they were damaged on the "
+                "way. Try memory.transport=all_to_all, and check the interconnect."
+            )
+
+
+def _int(step: jax.Array | int) -> jax.Array:
+    return jnp.asarray(step, jnp.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace as with_changes
 from typing import Any
 
 import jax
@@ -17,8 +18,10 @@ from tokenizers import Tokenizer
 from engram_jax.config import ConfigError, RunConfig, replace, require
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.hashing import VARIANTS
+from engram_jax.memory.placements import PLACEMENTS
 from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
-from engram_jax.memory.store import MemoryStore
+from engram_jax.memory.store import MemoryState, MemoryStore
+from engram_jax.memory.transports import default_transport
 from engram_jax.model import Model, named_key, split
 from engram_jax.optimizers.groups import make_optimizer
 from engram_jax.optimizers.schedules import learning_rate, learning_rates
@@ -44,10 +47,11 @@ class Parts:
         """A new run's state, made sharded. Call under `jax.set_mesh(parts.mesh)`."""
         # XLA:CPU takes 18 s to optimize the random bits of a tiny model, which are drawn once; 8 s without.
         options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-        return jax.jit(self._init, compiler_options=options)()
+        state = jax.jit(self._init, compiler_options=options)()
+        return with_changes(state, memory=self.store.init(named_key(jax.random.key(self.config.train.seed), "memory")))
 
     def abstract_state(self) -> TrainState:
-        """Shapes, dtypes and shardings of the state, for restoring. Call under `jax.set_mesh(parts.mesh)`."""
+        """Shapes, dtypes and shardings of the state without tables, for restoring. Call under `jax.set_mesh`."""
 
         def on_devices(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             # eval_shape knows the mesh's axes but not its devices, and nothing of optax's replicated counters.
@@ -59,7 +63,7 @@ class Parts:
     def _init(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)
         _, params, buffers = split(Model(self.config.model, named_key(key, "model")))
-        memory = self.store.init(named_key(key, "memory"))
+        memory = MemoryState({}, self.store.none_used())
         step = jnp.zeros((), jnp.int32, out_sharding=spec())
         return TrainState(step, params, buffers, self.optimizer.init(params), memory)
 
@@ -82,8 +86,17 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, devices: Sequence[Any] | N
         engram = config.model.engram
     optimizer = config.optimizer
     rates = optimizer.table_lr_multiplier * learning_rates(optimizer, config.train.steps)
-    rows = ROW_OPTIMIZERS[optimizer.table_optimizer](rates, optimizer.adam_b1, optimizer.adam_b2, optimizer.adam_eps)
-    store = MemoryStore.create(engram, token_map, rows, config.model.initializer_range)
+    store = MemoryStore.create(
+        engram,
+        token_map,
+        ROW_OPTIMIZERS[optimizer.table_optimizer].create(optimizer, rates),
+        placement=PLACEMENTS[config.memory.placement].create(config.memory),
+        shards=mesh.size,
+        init_std=config.model.initializer_range,
+        row_dtype=config.memory.row_dtype,
+        transport=default_transport() if config.memory.transport == "auto" else config.memory.transport,
+        seed=config.train.seed,
+    )
     schedule = learning_rate(optimizer, config.train.steps)
     with jax.set_mesh(mesh):
         abstract = nnx.eval_shape(lambda: Model(config.model, jax.random.key(0)))

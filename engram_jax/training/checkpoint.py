@@ -1,13 +1,14 @@
 """Checkpoints: written asynchronously and atomically by Orbax, restored to the newest one that is whole.
 
-One step holds `state` (the whole TrainState) and `meta` (the resolved config, the hash constants, fingerprints of
-tokenizer and corpus): all that must agree before the state means anything.
+One step holds `state` (the TrainState without tables), `tables` (training/table_checkpoint.py) and `meta` (the resolved
+config, the hash constants, fingerprints of tokenizer and corpus): all that must agree before the state means anything.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from engram_jax.config import CheckpointConfig
+from engram_jax.training.assembly import Parts
 from engram_jax.training.errors import RunError
 from engram_jax.training.state import TrainState
+from engram_jax.training.table_checkpoint import RestoreTables, SaveTables, num_bytes
 
 UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -28,11 +31,13 @@ class Checkpoints:
         self,
         directory: Path,
         config: CheckpointConfig,
+        parts: Parts,
         log: Callable[[str], None] = print,
         read_only: bool = False,
     ):
         """`read_only` changes nothing in the folder, in which a run may be writing just now."""
         self.directory, self.log, self.read_only = directory.absolute(), log, read_only
+        self._store, self._mesh = parts.store, parts.mesh
         self.directory.mkdir(parents=True, exist_ok=True)
         if read_only:
             options = ocp.CheckpointManagerOptions(create=False)  # Orbax's own read_only warns on every opening
@@ -40,7 +45,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True)
             for leftover in sorted(self.directory.glob(f"*{UNFINISHED}*")):
                 log(f"Checkpoint {leftover.name.split('.')[0]} was only half written when the run ended: skipped.")
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "tables", "meta"))
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -54,18 +59,20 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts writing; returns as soon as the arrays are copied.
+        """Writes the tables and starts writing the rest; returns as soon as that is copied.
 
         Raises:
           RunError: the disk has less room than the state takes, or the previous write failed.
         """
         if step in self._manager.all_steps():
             return
-        self.check_room(state)
+        without_tables = replace(state, memory=replace(state.memory, tables={}))
+        self.check_room(without_tables)
+        items = {"state": ocp.args.StandardSave(without_tables), "meta": ocp.args.JsonSave(meta)}
+        if self._store.layers:
+            items["tables"] = SaveTables(self._store, self._mesh, state.memory.tables)
         try:
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items))
         except OSError as error:
             raise self._failed(error) from error
 
@@ -77,8 +84,8 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def check_room(self, state: Any) -> None:
-        """Raises `RunError` if the disk cannot hold one more (uncompressed) copy of `state` (arrays or shapes)."""
-        needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+        """Raises `RunError` if the disk cannot hold one more copy of the tables and of `state` (arrays or shapes)."""
+        needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) + num_bytes(self._store)
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise RunError(
@@ -100,10 +107,14 @@ class Checkpoints:
             if meta is None:
                 continue
             check(meta["meta"])
-            state = self._read(step, problems, state=ocp.args.StandardRestore(abstract))
-            if state is not None:
+            items: dict[str, ocp.args.CheckpointArgs] = {"state": ocp.args.StandardRestore(abstract)}
+            if self._store.layers:
+                items["tables"] = RestoreTables(self._store, self._mesh)
+            read = self._read(step, problems, **items)
+            if read is not None:
                 self._set_aside(problems)
-                return state["state"]
+                state = read["state"]
+                return replace(state, memory=replace(state.memory, tables=read.get("tables") or {}))
         if problems:
             raise RunError(
                 f"No checkpoint in {self.directory} can be read "

@@ -27,7 +27,7 @@ from engram_jax.training.errors import RunError
 from engram_jax.training.metrics import MetricsWriter, Progress, duration, read_metrics
 from engram_jax.training.run_folder import write_json
 from engram_jax.training.state import TrainState
-from engram_jax.training.step import make_eval_step, make_train_step
+from engram_jax.training.stepper import Stepper, make_evaluator
 
 Log = Callable[[str], None]
 
@@ -69,7 +69,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
 
     with (
         jax.set_mesh(parts.mesh),
-        Checkpoints(run_dir / "checkpoints", config.checkpoint, log) as checkpoints,
+        Checkpoints(run_dir / "checkpoints", config.checkpoint, parts, log) as checkpoints,
         _StopRequest() as stop,
     ):
         # --- state: restored, or new ---
@@ -84,11 +84,11 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
             log(f"Resumed at step {first_step} of {config.train.steps}.")
         run_folder.describe(run_dir, config, text)
 
-        train_step, eval_step = make_train_step(parts), make_eval_step(parts)
+        token_losses_on = make_evaluator(parts, log)
 
         def validate(max_batches: int, counts: NgramCounts | None = None) -> Evaluation:
             def token_losses(batch: dict[str, np.ndarray]) -> jax.Array:
-                return eval_step(state, to_devices(batch, parts.mesh))
+                return token_losses_on(state, to_devices(batch, parts.mesh))
 
             batches = eval_batches(text.validation, config.data.batch_size, max_batches)
             return evaluate(token_losses, batches, text.tokenizer.byte_lengths(), counts)
@@ -106,7 +106,11 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
             config.data.worker_count,
             start_step=first_step,
         )
-        with batches, MetricsWriter(run_dir, first_step, config.train.tensorboard) as writer:
+        with (
+            batches,
+            MetricsWriter(run_dir, first_step, config.train.tensorboard) as writer,
+            Stepper(parts, (to_devices(batch, parts.mesh) for batch in batches), log) as train_step,
+        ):
 
             def report(step: int, metrics: dict[str, jax.Array]) -> None:
                 """Waits for a step's numbers; called once the next step is under way."""
@@ -126,7 +130,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
 
             step = first_step
             while step < config.train.steps and not stop.requested:
-                state, metrics = train_step(state, to_devices(next(batches), parts.mesh))
+                state, metrics = train_step(state, step)
                 step += 1
                 if pending is not None:
                     report(*pending)
@@ -136,6 +140,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
                 if _due(step, config.train.eval_every) and not is_last:
                     report(*pending)
                     pending, paused = None, time.perf_counter()
+                    train_step.settle()
                     validation = validate(config.train.eval_batches)
                     writer.write(step, {"validation_loss": validation.loss, "bits_per_byte": validation.bits_per_byte})
                     log(f"step {step}  validation loss {validation.loss:.4f}  {validation.bits_per_byte:.4f} bits/byte")
@@ -145,6 +150,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
                         report(*pending)
                         pending = None
                     paused = time.perf_counter()
+                    train_step.settle()
                     checkpoints.save(step, state, meta)
                     progress.pause(time.perf_counter() - paused)
 
@@ -153,6 +159,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
                 if pending is not None:
                     report(*pending)
                 if step > first_step:
+                    train_step.settle()
                     checkpoints.save(step, state, meta)
                 checkpoints.wait()
                 log(f"Stopped at step {step}, saved. The same command continues from here.")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from engram_jax.config import ConfigError, RunConfig, differences, from_dict, to_dict
+from engram_jax.config import ConfigError, RunConfig, differences, from_dict, replace, to_dict
 from engram_jax.data.loader import TextData
 from engram_jax.data.tokenizer import load_tokenizer
 from engram_jax.memory import hashing
@@ -29,6 +28,13 @@ FREE_TO_CHANGE = (
     "data.worker_count",
     "data.cache_dir",
     "model.remat",
+    "memory.placement",
+    "memory.transport",
+    "memory.prefetch",
+    "memory.hot_rows",
+    "memory.promote_every",
+    "memory.mmap_dir",
+    "memory.sight_every",
 )
 
 
@@ -41,11 +47,13 @@ def load_run(run_dir: Path, log: Callable[[str], None] = print) -> tuple[TrainSt
     if not (run_dir / "config.json").exists():
         raise RunError(f"{run_dir} is not a run: it has no config.json. Train one with python -m experiments.run.")
     config = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
-    config = replace(config, train=replace(config.train, mesh_data=1, mesh_fsdp=1))
+    # Sampling and analysis are whole programs: tables that lie outside would have to be carried in for each of them.
+    inside = {"tiered": "host", "numpy": "host"}.get(config.memory.placement, config.memory.placement)
+    config = replace(config, train__mesh_data=1, train__mesh_fsdp=1, memory__placement=inside, memory__mmap_dir="")
     parts = assemble(config, load_tokenizer(run_dir / "tokenizer.json").backend, jax.devices()[:1])
     with (
         jax.set_mesh(parts.mesh),
-        Checkpoints(run_dir / "checkpoints", config.checkpoint, log, read_only=True) as checkpoints,
+        Checkpoints(run_dir / "checkpoints", config.checkpoint, parts, log, read_only=True) as checkpoints,
     ):
         state = checkpoints.restore(parts.abstract_state(), lambda saved: _check_constants(saved, parts))
     if state is None:

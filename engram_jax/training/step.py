@@ -1,9 +1,10 @@
 """One training step and one evaluation step: the only compiled functions of a run.
 
-    tokens -> plan -> fetch -> [ loss and gradients, in grad_accum parts ] -> reduce -> clip -> update
+    plan -> load -> rows -> [ loss and gradients, in grad_accum parts ] -> reduce -> clip -> advance -> save
 
 The rows of the whole batch are fetched before the first part and updated after the last. Nothing in the differentiated
-function is as large as a table.
+function is as large as a table. Plans are made ahead (training/planner.py); with `next_plan` the rows of the next batch
+are read while this one is computed, from the tables as they were before its update, and patched with what it changed.
 
 Legend: B batch, T seq, A accumulation parts.
 """
@@ -18,6 +19,9 @@ import jax.numpy as jnp
 import optax
 
 from engram_jax.layers.cross_entropy import NO_LOSS
+from engram_jax.memory import routing
+from engram_jax.memory.routing import RowPlan
+from engram_jax.memory.store import Held, MemoryPlan, MemoryState, MemoryStore
 from engram_jax.model import updated_buffers
 from engram_jax.sharding import spec
 from engram_jax.training.assembly import Parts
@@ -27,8 +31,12 @@ Batch = dict[str, jax.Array]  # int32 [B, T]: tokens, targets, segment_ids, posi
 Metrics = dict[str, jax.Array]
 
 
-def make_train_step(parts: Parts) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Jitted `state, metrics = step(state, batch)`; the state is donated."""
+def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, Held | None]]:
+    """Jitted `state, metrics, held = step(state, batch, plan, held=None, next_plan=None)`; state and held are donated.
+
+    Without `held` the step loads the plan's rows itself. It returns the rows of `next_plan` if that is given; with
+    tables outside the program (memory.placement=numpy) this batch's rows, for the caller to save; else None.
+    """
     config, store = parts.config, parts.store
     accum = config.train.grad_accum
 
@@ -57,9 +65,16 @@ def make_train_step(parts: Parts) -> Callable[[TrainState, Batch], tuple[TrainSt
         stats = jax.tree.map(lambda s: jnp.mean(s, axis=0), stats)
         return (jnp.sum(losses), stats), (param_grads, _from_parts(row_grads))
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        plan = store.plan(batch["tokens"], batch["segment_ids"])
-        rows = store.fetch(state.memory, plan, state.step)
+    def train_step(
+        state: TrainState,
+        batch: Batch,
+        plan: MemoryPlan,
+        held: Held | None = None,
+        next_plan: MemoryPlan | None = None,
+    ) -> tuple[TrainState, Metrics, Held | None]:
+        early = store.load(state.memory, next_plan) if next_plan is not None else None
+        held = held or store.load(state.memory, plan)
+        rows = store.rows(held, plan, state.step)
         (cross_entropy, stats), (grads, row_grads) = gradients(state.params, rows, state.buffers, batch)
         row_grads = store.reduce(plan, row_grads)
         norm = optax.tree.norm((grads, row_grads))
@@ -67,31 +82,64 @@ def make_train_step(parts: Parts) -> Callable[[TrainState, Batch], tuple[TrainSt
             scale = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(norm, 1e-30))
             grads, row_grads = jax.tree.map(lambda g: g * scale, (grads, row_grads))
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
+        memory, held = _update_rows(store, state, plan, row_grads, held, early, next_plan)
         new_state = TrainState(
             step=state.step + 1,
             params=jax.tree.map(jnp.add, state.params, updates),
             buffers=updated_buffers(state.buffers, stats, config.model),
             opt_state=opt_state,
-            memory=store.update(state.memory, plan, row_grads, state.step),
+            memory=memory,
         )
         metrics = {"loss": cross_entropy, "grad_norm": norm, "learning_rate": parts.schedule(state.step)}
         if stats:
             loads = jnp.concatenate([stack.load_E for stack in stats.values()])
             metrics["expert_load_max"] = jnp.max(loads) * loads.shape[-1]
         for layer, row_plan in plan.items():
-            distinct = jnp.sum(row_plan.unique_U < store.num_rows(layer))
-            metrics[f"memory/distinct_share_{layer}"] = distinct / row_plan.unique_U.size
-        return new_state, metrics
+            counters = _memory_metrics(store, row_plan)
+            counters["used_share"] = memory.rows_used[layer] / store.num_rows(layer)
+            metrics |= {f"memory/{name}_{layer}": value for name, value in counters.items()}
+        return new_state, metrics, held
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=(0, 3))
 
 
-def make_eval_step(parts: Parts) -> Callable[[TrainState, Batch], jax.Array]:
-    """Jitted `losses_BT = step(state, batch)`: nats at each position, 0 where the target is not scored."""
+def _update_rows(
+    store: MemoryStore,
+    state: TrainState,
+    plan: MemoryPlan,
+    row_grads: dict[str, jax.Array],
+    held: Held,
+    early: Held | None,
+    next_plan: MemoryPlan | None,
+) -> tuple[MemoryState, Held | None]:
+    """The tables after this batch, and what the step hands on: the next batch's rows, or rows to save outside."""
+    if store.optimizer.whole_table:
+        return store.update(state.memory, plan, row_grads, state.step), None
+    held = store.advance(held, plan, row_grads, state.step)
+    if early is None or next_plan is None:
+        return store.save(state.memory, plan, held), None if store.placement.in_program else held
+    # Without the barrier nothing says that the tables are read before they are overwritten, and XLA would copy them.
+    early, held = jax.lax.optimization_barrier((early, held))
+    return store.save(state.memory, plan, held), store.patch(early, next_plan, held, plan)
 
-    def eval_step(state: TrainState, batch: Batch) -> jax.Array:
-        plan = parts.store.plan(batch["tokens"], batch["segment_ids"])
-        rows = parts.store.fetch(state.memory, plan, state.step)
+
+def _memory_metrics(store: MemoryStore, plan: RowPlan) -> Metrics:
+    row_bytes = store.config.engram_head_dim * 4
+    asked = routing.requests(plan)
+    places = routing.capacity(plan).pair * store.shards
+    return {
+        "distinct_share": asked / plan.ids_BTH.size,  # of the lookups, what is left when each device asks once
+        "exchange_mb": jnp.float32(places * row_bytes / 1e6),  # per device and direction
+        "exchange_overflow": routing.overflow(plan),
+    }
+
+
+def make_eval_step(parts: Parts) -> Callable[..., jax.Array]:
+    """Jitted `losses_BT = step(state, batch, plan, held=None)`: nats at each position, 0 where it is not scored."""
+    store = parts.store
+
+    def eval_step(state: TrainState, batch: Batch, plan: MemoryPlan, held: Held | None = None) -> jax.Array:
+        rows = store.rows(held or store.load(state.memory, plan), plan, state.step)
         model = parts.model(state.params, state.buffers)
         hidden_BTD, _ = model.hidden(batch["tokens"], rows, batch["segment_ids"], batch["positions"])
         return model.token_losses(hidden_BTD, batch["targets"])

@@ -18,7 +18,6 @@ from engram_jax.config import (
 )
 from engram_jax.data.tokenizer import train_tokenizer
 from engram_jax.layers.engram import EngramReader
-from engram_jax.memory.store import MemoryState, TableState
 from engram_jax.training.assembly import assemble
 
 CONFIG = RunConfig(
@@ -56,9 +55,9 @@ def model(tokenizer):
 
     with jax.set_mesh(parts.mesh):
         state = parts.init_state()
-    tables = {name: TableState(perturbed(t.rows, 1.0), t.slots) for name, t in state.memory.tables.items()}
+    tables = {name: dataclasses.replace(t, rows=perturbed(t.rows, 1.0)) for name, t in state.memory.tables.items()}
     params = jax.tree.map(lambda p: perturbed(p, 0.2), state.params)
-    return parts, dataclasses.replace(state, params=params, memory=MemoryState(tables))
+    return parts, dataclasses.replace(state, params=params, memory=dataclasses.replace(state.memory, tables=tables))
 
 
 def rms_normed(x):

@@ -22,7 +22,6 @@ from engram_jax.config import (
 )
 from engram_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from engram_jax.inference.sampling import Sampling, choose, generate, next_logits
-from engram_jax.memory.store import MemoryState, TableState
 from engram_jax.training.assembly import assemble
 from engram_jax.training.checkpoint import Checkpoints
 from experiments.sample import main
@@ -76,9 +75,9 @@ def model(tokenizer):
 
     with jax.set_mesh(parts.mesh):
         state = parts.init_state()
-    tables = {name: TableState(perturbed(t.rows, 1.0), t.slots) for name, t in state.memory.tables.items()}
+    tables = {name: dataclasses.replace(t, rows=perturbed(t.rows, 1.0)) for name, t in state.memory.tables.items()}
     params = jax.tree.map(lambda p: perturbed(p, 0.1), state.params)
-    return parts, dataclasses.replace(state, params=params, memory=MemoryState(tables))
+    return parts, dataclasses.replace(state, params=params, memory=dataclasses.replace(state.memory, tables=tables))
 
 
 @pytest.fixture
@@ -210,7 +209,7 @@ def trained(model, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "config.json").write_text(json.dumps(to_dict(parts.config)))
     tokenizer.save(folder / "tokenizer.json")
-    with jax.set_mesh(parts.mesh), Checkpoints(folder / "checkpoints", CheckpointConfig()) as checkpoints:
+    with jax.set_mesh(parts.mesh), Checkpoints(folder / "checkpoints", CheckpointConfig(), parts) as checkpoints:
         checkpoints.save(2, state, {"hash_constants": parts.store.constants.to_dict()})
     return folder
 

@@ -1,4 +1,6 @@
-"""Catch-up Adam against dense Adam, and dense Adam against optax."""
+"""Catch-up Adam against dense Adam, dense Adam against optax, row-wise rules against NumPy; what all rules share."""
+
+from typing import get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from engram_jax.config import OptimizerConfig
-from engram_jax.memory import routing
-from engram_jax.memory.row_optimizers import CatchUpAdam, DenseAdam
+from engram_jax.config import ConfigError, OptimizerConfig
+from engram_jax.memory.quantized import FrozenFP8
+from engram_jax.memory.row_optimizers import (
+    ROW_OPTIMIZERS,
+    CatchUpAdam,
+    DenseAdam,
+    RowwiseAdagrad,
+    RowwiseRMSprop,
+    bytes_per_row,
+)
 from engram_jax.optimizers.schedules import learning_rates
 
 pytestmark = pytest.mark.newest
@@ -41,19 +50,19 @@ def simulate(optimizer, steps, seed=0, lazy=False):
     def one_step(carry, step_ids):
         table, slots = carry
         step, ids_L = step_ids
-        plan = routing.plan_rows(ids_L[None, :, None], ROWS)
-        batch, batch_slots = jax.tree.map(lambda a: routing.take(a, plan), (table, slots))
+        unique_U, slot_L = jnp.unique(ids_L, size=LOOKUPS, fill_value=ROWS, return_inverse=True)
+        batch, batch_slots = jax.tree.map(lambda a: a.at[unique_U].get(mode="fill", fill_value=0), (table, slots))
         if lazy:  # what sparse optimizers usually do: rows stand still while nobody reads them
             batch_slots = batch_slots | {"last_step": jnp.full_like(batch_slots["last_step"], step)}
         batch, batch_slots = optimizer.read(batch, batch_slots, step)
-        seen_LD = routing.spread(batch, plan)[0, :, 0]
+        seen_LD = batch[slot_L]
         grads_LD = gradient_of(seen_LD, jax.random.fold_in(jax.random.key(1), step))
-        grads_UD = routing.gather_gradients(grads_LD[None, :, None], plan)
+        grads_UD = jax.ops.segment_sum(grads_LD, slot_L, LOOKUPS)
         if optimizer.whole_table:
-            grads_RD = jnp.zeros_like(table).at[plan.unique_U].add(grads_UD, mode="drop")
+            grads_RD = jnp.zeros_like(table).at[unique_U].add(grads_UD, mode="drop")
             return optimizer.update(table, slots, grads_RD, step), None
         new = optimizer.update(batch, batch_slots, grads_UD, step)
-        return jax.tree.map(lambda a, b: routing.put(a, plan, b), (table, slots), new), None
+        return jax.tree.map(lambda a, b: a.at[unique_U].set(b, mode="drop"), (table, slots), new), None
 
     steps_ids = (jnp.arange(steps, dtype=jnp.int32), ids)
     (table, slots), _ = jax.jit(lambda s: jax.lax.scan(one_step, (s, optimizer.init(s)), steps_ids))(start)
@@ -131,3 +140,132 @@ def test_a_row_never_touched_never_moves_and_a_run_may_outlast_its_schedule():
     late, _ = optimizer.read(rows, touched, jnp.int32(140))
     longer, _ = CatchUpAdam(np.concatenate([rates, np.full(200, rates[-1])])).read(rows, touched, jnp.int32(140))
     np.testing.assert_allclose(late, longer, rtol=1e-5)
+
+
+# --- row-wise rules ---
+
+
+def rowwise_case(steps=400, rows=40, width=5):
+    """Start [rows, width], gradients [steps, rows, width], and who is touched [steps, rows]: some rarely, one never."""
+    rng = np.random.default_rng(11)
+    touched = rng.random((steps, rows)) < np.geomspace(0.005, 0.9, rows)
+    touched[:, 7] = False
+    sizes = np.exp(rng.normal(size=(1, rows, 1)) * 4)  # rows whose gradients differ by orders of magnitude
+    return rng.normal(size=(rows, width)), rng.normal(size=(steps, rows, width)) * sizes, touched
+
+
+def run_touched(optimizer, start, grads, touched):
+    """Only touched rows are read, updated and written, as a store does."""
+
+    def one_step(carry, inputs):
+        step, grads_RD, touched_R = inputs
+        rows, slots = optimizer.read(*carry, step)
+        new = optimizer.update(rows, slots, grads_RD, step)
+        return jax.tree.map(lambda a, b: jnp.where(touched_R.reshape(-1, *[1] * (a.ndim - 1)), b, a), carry, new), None
+
+    start = jnp.float32(start)
+    inputs = (jnp.arange(len(grads), dtype=jnp.int32), jnp.float32(grads), jnp.asarray(touched))
+    (rows, slots), _ = jax.jit(lambda s: jax.lax.scan(one_step, (s, optimizer.init(s)), inputs))(start)
+    return optimizer.read(rows, slots, jnp.int32(len(grads)))
+
+
+@pytest.mark.parametrize("b2", [0.95, 0.999])
+def test_rowwise_rmsprop_equals_the_dense_rule(b2):
+    start, grads, touched = rowwise_case()
+    rates = schedule(len(grads), peak=0.05)[: len(grads)]
+    rows, slots = run_touched(RowwiseRMSprop(rates, b2), start, grads, touched)
+    p, v = start.copy(), np.zeros(len(start))
+    for k, (g, rate) in enumerate(zip(grads * touched[..., None], rates, strict=True), start=1):
+        v = b2 * v + (1 - b2) * (g**2).mean(1)
+        p -= rate * g / (np.sqrt(v / (1 - b2**k)) + 1e-20)[:, None]
+    assert np.abs(p - start).mean() > 0.4
+    np.testing.assert_allclose(rows, p, rtol=1e-6, atol=3e-6)
+    np.testing.assert_allclose(slots["v"], v, rtol=2e-5, atol=1e-30)
+    np.testing.assert_array_equal(rows[7], jnp.float32(start[7]))
+
+
+def test_rowwise_adagrad_equals_the_dense_rule():
+    start, grads, touched = rowwise_case()
+    rates = schedule(len(grads), peak=0.05)[: len(grads)]
+    rows, slots = run_touched(RowwiseAdagrad(rates), start, grads, touched)
+    p, v = start.copy(), np.zeros(len(start))
+    for g, rate in zip(grads * touched[..., None], rates, strict=True):
+        v += (g**2).mean(1)
+        p -= rate * g / (np.sqrt(v) + 1e-20)[:, None]
+    assert np.abs(p - start).mean() > 0.05
+    np.testing.assert_allclose(rows, p, rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(slots["v"], v, rtol=1e-5)
+    np.testing.assert_array_equal(rows[7], jnp.float32(start[7]))
+
+
+@pytest.mark.parametrize("rule", [RowwiseAdagrad, RowwiseRMSprop])
+def test_a_gradient_of_zero_is_not_divided_by_zero(rule):
+    optimizer, rows = rule(np.ones(1)), jnp.ones((1, 4))
+    new, _ = optimizer.update(rows, optimizer.init(rows), jnp.zeros((1, 4)), jnp.int32(0))
+    np.testing.assert_array_equal(new, rows)
+
+
+# --- what all rules share ---
+
+
+def test_every_choice_of_the_config_is_a_rule_and_every_rule_a_choice():
+    choices = get_type_hints(OptimizerConfig)["table_optimizer"].__args__
+    assert set(choices) == set(ROW_OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", sorted(ROW_OPTIMIZERS))
+def test_bfloat16_rows_have_float32_slots_and_are_read_as_float32(name):
+    optimizer = ROW_OPTIMIZERS[name].create(OptimizerConfig(), schedule(10))
+    rows = jnp.full((3, 8), 1.5, jnp.bfloat16)
+    slots = optimizer.init(rows)
+    assert {slot.dtype.name for slot in slots.values()} <= {"float32", "int32"}
+    assert all(len(slot) == len(rows) for slot in slots.values())
+    read, slots = optimizer.read(rows, slots, jnp.int32(4))
+    assert read.dtype == jnp.float32
+    np.testing.assert_array_equal(read, 1.5)
+    grads = jnp.ones((3, 8))
+    if optimizer.whole_table:
+        new, new_slots = optimizer.update_table(rows, slots, grads, jnp.int32(4), jnp.ones(3, bool), lambda x: x)
+    else:
+        new, new_slots = optimizer.update(read, slots, grads, jnp.int32(4))
+    assert new.dtype == jnp.float32 and np.all(new < 1.5)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), new_slots) == jax.tree.map(lambda a: (a.shape, a.dtype), slots)
+
+
+def test_the_config_reaches_the_rules():
+    config, rates = OptimizerConfig(adam_b1=0.8, adam_b2=0.9, adam_eps=1e-9), schedule(10)
+    for name in ("catch_up_adam", "dense_adam"):
+        rule = ROW_OPTIMIZERS[name].create(config, rates)
+        assert (rule.b1, rule.b2, rule.eps) == (0.8, 0.9, 1e-9)
+    rms, adagrad = RowwiseRMSprop.create(config, rates), RowwiseAdagrad.create(config, rates)
+    assert (rms.b2, rms.eps, adagrad.eps) == (0.9, 1e-9, 1e-9)
+    assert all(rule.learning_rates is rates for rule in (rms, adagrad))
+
+
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("catch_up_adam", 8 * 80 + 4),
+        ("dense_adam", 8 * 80),
+        ("rowwise_adagrad", 4),
+        ("rowwise_rmsprop", 8),
+        ("sinkhorn", 4 * 80),
+    ],
+)
+def test_bytes_per_row(name, state):
+    optimizer = ROW_OPTIMIZERS[name].create(OptimizerConfig(), schedule(10))
+    assert bytes_per_row(optimizer, 80) == (4 * 80, state)
+    assert bytes_per_row(optimizer, 80, jnp.bfloat16) == (2 * 80, state)
+
+
+def test_bytes_per_row_of_shipped_rows():
+    assert bytes_per_row(FrozenFP8(), 256, jnp.float8_e4m3fn) == (256, 8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sinkhorn_iters", 10), ("sinkhorn_iters", -1), ("sinkhorn_momentum", 1.0), ("sinkhorn_tau", -0.1)],
+)
+def test_settings_that_cannot_work_are_refused(field, value):
+    with pytest.raises(ConfigError, match=f"{field}={value}"):
+        OptimizerConfig(**{field: value})

@@ -9,7 +9,6 @@ from engram_jax.config import EngramConfig
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.row_optimizers import CatchUpAdam, DenseAdam
 from engram_jax.memory.store import MemoryStore
-from engram_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.newest
 
@@ -103,27 +102,6 @@ def test_zero_gradients_of_an_all_padding_batch_leave_a_new_table_as_it_was(key)
     plan = store.plan(jnp.full((2, 12), 2, jnp.int32), jnp.zeros((2, 12), jnp.int32))
     new = store.update(store.init(key), plan, store.reduce(plan, {k: jnp.zeros((2, 12, 4, 4)) for k in plan}), 0)
     jax.tree.map(np.testing.assert_array_equal, store.materialize(new, 1), store.materialize(store.init(key), 0))
-
-
-def test_equals_itself_on_a_2x4_mesh(key):
-    store, batch = make_store(), tokens(shape=(8, 12))
-    grads = {layer: jax.random.normal(key, (8, 12, 4, 4)) for layer in store.layers}
-
-    def step(state, batch, grads):
-        plan = store.plan(batch)
-        rows = store.fetch(state, plan, 0)
-        return rows, store.update(state, plan, store.reduce(plan, grads), 0)
-
-    rows, state = jax.jit(step)(store.init(key), batch, grads)
-    mesh = make_mesh(2, 4)
-    with jax.set_mesh(mesh):
-        place = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))  # noqa: E731
-        sharded_state = jax.jit(store.init)(key)
-        sharded_rows, sharded = jax.jit(step)(sharded_state, place(batch), jax.tree.map(place, grads))
-        assert sharded_rows["0"].sharding.spec[0] == ("data", "fsdp")
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), (rows, state), (sharded_rows, sharded)
-    )
 
 
 def test_without_engram_layers_the_store_is_empty(key):

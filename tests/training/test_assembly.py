@@ -1,5 +1,7 @@
 """What does not fit is refused before any array is made."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -45,6 +47,7 @@ def test_the_state_is_sharded_at_birth_as_abstract_state_says(config, tokenizer)
     parts = assemble(replace(config, train__mesh_fsdp=4), tokenizer)
     with jax.set_mesh(parts.mesh):
         state, abstract = parts.init_state(), parts.abstract_state()
+        abstract = dataclasses.replace(abstract, memory=parts.store.abstract_state())
         stored = spec("layers", "experts", "embed", "ffn")
     described, made = (jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.spec), tree) for tree in (abstract, state))
     assert described == made

@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what is skipped by name, and what is refused, with a state of two arrays."""
 
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,29 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from engram_jax.config import CheckpointConfig, ConfigError
+from engram_jax.config import CheckpointConfig, ConfigError, EngramConfig
+from engram_jax.memory.compression import TokenMap
+from engram_jax.memory.row_optimizers import DenseAdam
+from engram_jax.memory.store import MemoryState, MemoryStore
 from engram_jax.sharding import make_mesh
 from engram_jax.training.checkpoint import UNFINISHED, Checkpoints
 from engram_jax.training.errors import RunError
+from engram_jax.training.state import TrainState
+
+STORE = MemoryStore.create(EngramConfig(), TokenMap.identity(10), DenseAdam(np.ones(1)))
+
+
+def parts_on(mesh=None):
+    return SimpleNamespace(store=STORE, mesh=mesh or make_mesh(devices=jax.devices()[:1]))
 
 
 def state_of(step):
-    return {"step": jnp.int32(step), "weights": jax.random.normal(jax.random.key(step), (8, 600))}
+    weights = {"weights": jax.random.normal(jax.random.key(step), (8, 600))}
+    return TrainState(jnp.int32(step), weights, {}, {}, MemoryState({}, {}))
 
 
 def save(directory, *steps, keep=5):
-    with Checkpoints(directory, CheckpointConfig(keep=keep)) as checkpoints:
+    with Checkpoints(directory, CheckpointConfig(keep=keep), parts_on()) as checkpoints:
         for step in steps:
             checkpoints.save(step, state_of(step), {"name": f"run at {step}"})
         checkpoints.wait()
@@ -30,12 +42,12 @@ def save(directory, *steps, keep=5):
 def restore(directory, check=lambda meta: None, **options):
     """(step restored, lines logged)."""
     lines = []
-    with Checkpoints(directory, CheckpointConfig(), lines.append, **options) as checkpoints:
+    with Checkpoints(directory, CheckpointConfig(), parts_on(), lines.append, **options) as checkpoints:
         state = checkpoints.restore(jax.eval_shape(lambda: state_of(0)), check)
     if state is None:
         return None, lines
-    np.testing.assert_array_equal(state["weights"], state_of(int(state["step"]))["weights"])
-    return int(state["step"]), lines
+    np.testing.assert_array_equal(state.params["weights"], state_of(int(state.step)).params["weights"])
+    return int(state.step), lines
 
 
 def files(directory):
@@ -57,20 +69,22 @@ def test_saving_a_step_twice_is_saving_it_once(tmp_path):
 def test_a_state_is_restored_to_another_mesh(tmp_path):
     with jax.set_mesh(make_mesh(fsdp=4)):
         sharded = jax.tree.map(lambda x: jax.device_put(x, P("fsdp") if x.ndim else P()), state_of(2))
-        with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        with Checkpoints(tmp_path, CheckpointConfig(), parts_on()) as checkpoints:
             checkpoints.save(2, sharded, {})
     assert restore(tmp_path)[0] == 2
     mesh = make_mesh(data=1, fsdp=2, devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
-        specs = {"step": P(), "weights": P(None, "fsdp")}
-        abstract = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, specs[name]))
-            for name, x in state_of(2).items()
-        }
-        with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(mesh, P(None, "fsdp") if x.ndim else P())
+            ),
+            state_of(2),
+        )
+        with Checkpoints(tmp_path, CheckpointConfig(), parts_on()) as checkpoints:
             state = checkpoints.restore(abstract, lambda meta: None)
-    assert state["weights"].sharding.spec == P(None, "fsdp") and len(state["weights"].addressable_shards) == 2
-    np.testing.assert_array_equal(jax.device_get(state["weights"]), state_of(2)["weights"])
+    weights = state.params["weights"]
+    assert weights.sharding.spec == P(None, "fsdp") and len(weights.addressable_shards) == 2
+    np.testing.assert_array_equal(jax.device_get(weights), state_of(2).params["weights"])
 
 
 def test_a_half_written_checkpoint_is_named_and_skipped(tmp_path):

@@ -1,5 +1,6 @@
 """What a run leaves behind, and how it says that it cannot go on."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,7 +10,7 @@ import pytest
 
 from engram_jax.config import ConfigError, RunConfig, from_dict, replace
 from engram_jax.data.loader import load_data
-from engram_jax.training import loop
+from engram_jax.training import stepper
 from engram_jax.training.errors import RunError
 from engram_jax.training.loop import train
 from engram_jax.training.metrics import read_metrics
@@ -62,7 +63,10 @@ def test_a_finished_run_is_only_evaluated_again(straight, config, folder):
 def test_a_finished_run_can_be_loaded_alone(straight):
     state, parts = load_run(straight.folder)
     assert parts.mesh.size == 1
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), straight.state)
+    layouts, saved = straight.result.parts.store.layouts, straight.state.memory
+    tables = {la: jax.tree.map(layouts[la].to_logical, table) for la, table in saved.tables.items()}
+    trained = dataclasses.replace(straight.state, memory=dataclasses.replace(saved, tables=tables))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), trained)
 
 
 def test_what_cannot_be_loaded(tmp_path, straight):
@@ -135,14 +139,14 @@ def test_a_number_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch
     def make_train_step(parts):
         step, calls = original(parts), iter(range(1, 100))
 
-        def train_step(state, batch):
-            state, metrics = step(state, batch)
-            return state, metrics | ({metric: metrics[metric] * np.nan} if next(calls) == 6 else {})
+        def train_step(*args):
+            state, metrics, held = step(*args)
+            return state, metrics | ({metric: metrics[metric] * np.nan} if next(calls) == 6 else {}), held
 
         return train_step
 
-    original = loop.make_train_step
-    monkeypatch.setattr(loop, "make_train_step", make_train_step)
+    original = stepper.make_train_step
+    monkeypatch.setattr(stepper, "make_train_step", make_train_step)
     with pytest.raises(RunError, match=rf"^Step 6: {metric} is nan, .*; checkpoint 4 is the last good one\. Lower"):
         train(replace(config, train__log_every=100), tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
@@ -155,14 +159,14 @@ def test_a_step_is_reported_while_the_next_one_runs(config, tmp_path, monkeypatc
     def make_train_step(parts):
         step = original(parts)
 
-        def train_step(state, batch):
+        def train_step(*args):
             events.append("dispatch")
-            return step(state, batch)
+            return step(*args)
 
         return train_step
 
-    original = loop.make_train_step
-    monkeypatch.setattr(loop, "make_train_step", make_train_step)
+    original = stepper.make_train_step
+    monkeypatch.setattr(stepper, "make_train_step", make_train_step)
     quiet = replace(config, train__eval_every=0, checkpoint__every=0)
     train(quiet, tmp_path, lambda line: events.append("report") if line.startswith("step") else None)
     assert events == ["dispatch", *["dispatch", "report"] * 11, "report"]

@@ -1,4 +1,4 @@
-"""How a row of the table is optimized: dense Adam, and catch-up Adam, which equals it at the cost of the touched rows.
+"""Adam for rows: dense Adam, and catch-up Adam, which equals it at the cost of the touched rows.
 
 Legend: U rows of a batch (or R, all rows of a table), D row width. `step` counts completed updates; the update that
 follows has number k = step + 1 and learning rate `learning_rates[k - 1]`.
@@ -6,39 +6,22 @@ follows has number k = step + 1 and learning rate `learning_rates[k - 1]`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-Slots = dict[str, jax.Array]  # what the optimizer keeps per row: name -> [rows, ...]
-
-
-class RowOptimizer(Protocol):
-    """The rule for rows. `read` and `update` see any set of rows at once and treat each row by itself."""
-
-    whole_table: bool
-    """True: `update` must see every row of the table at every step. False: the rows of the batch are enough."""
-
-    def init(self, rows_RD: jax.Array) -> Slots:
-        """Slots of a new table."""
-        ...
-
-    def read(self, rows_UD: jax.Array, slots: Slots, step: jax.Array) -> tuple[jax.Array, Slots]:
-        """The rows as they stand after `step` updates, which is what a forward pass must see."""
-        ...
-
-    def update(self, rows_UD: jax.Array, slots: Slots, grads_UD: jax.Array, step: jax.Array) -> tuple[jax.Array, Slots]:
-        """One update of rows that `read` returned."""
-        ...
+from engram_jax.config import OptimizerConfig
+from engram_jax.memory.row_optimizers.protocol import at_step
+from engram_jax.memory.table import Slots
 
 
 def _adam(rows, m, v, grads, k, learning_rate, b1, b2, eps):
     m = b1 * m + (1 - b1) * grads
     v = b2 * v + (1 - b2) * jnp.square(grads)
-    k = jnp.asarray(k, rows.dtype)
+    k = jnp.asarray(k, jnp.float32)
     m_hat, v_hat = m / (1 - b1**k), v / (1 - b2**k)
     return rows - learning_rate * m_hat / (jnp.sqrt(v_hat) + eps), m, v
 
@@ -53,16 +36,31 @@ class DenseAdam:
     eps: float = 1e-20
     whole_table: bool = field(default=True, init=False)
 
+    @classmethod
+    def create(cls, config: OptimizerConfig, learning_rates: np.ndarray) -> DenseAdam:
+        return cls(learning_rates, config.adam_b1, config.adam_b2, config.adam_eps)
+
     def init(self, rows_RD: jax.Array) -> Slots:
-        return {"m": jnp.zeros_like(rows_RD), "v": jnp.zeros_like(rows_RD)}
+        return {"m": jnp.zeros_like(rows_RD, jnp.float32), "v": jnp.zeros_like(rows_RD, jnp.float32)}
 
     def read(self, rows_UD: jax.Array, slots: Slots, step: jax.Array) -> tuple[jax.Array, Slots]:
-        return rows_UD, slots
+        return rows_UD.astype(jnp.float32), slots
 
     def update(self, rows_UD: jax.Array, slots: Slots, grads_UD: jax.Array, step: jax.Array) -> tuple[jax.Array, Slots]:
-        rate = _at(self.learning_rates, step, rows_UD.dtype)
+        rate = at_step(self.learning_rates, step)
         rows, m, v = _adam(rows_UD, slots["m"], slots["v"], grads_UD, step + 1, rate, self.b1, self.b2, self.eps)
         return rows, {"m": m, "v": v}
+
+    def update_table(
+        self,
+        rows_RD: jax.Array,
+        slots: Slots,
+        grads_RD: jax.Array,
+        step: jax.Array,
+        is_row_R: jax.Array,
+        total: Callable[[jax.Array], jax.Array],
+    ) -> tuple[jax.Array, Slots]:
+        return self.update(rows_RD.astype(jnp.float32), slots, grads_RD, step)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,27 +90,31 @@ class CatchUpAdam:
     def __post_init__(self):
         object.__setattr__(self, "_missed_moves", _missed_moves(self.learning_rates, self.b1, self.b2))
 
+    @classmethod
+    def create(cls, config: OptimizerConfig, learning_rates: np.ndarray) -> CatchUpAdam:
+        return cls(learning_rates, config.adam_b1, config.adam_b2, config.adam_eps)
+
     def init(self, rows_RD: jax.Array) -> Slots:
         return {
-            "m": jnp.zeros_like(rows_RD),
-            "v": jnp.zeros_like(rows_RD),
+            "m": jnp.zeros_like(rows_RD, jnp.float32),
+            "v": jnp.zeros_like(rows_RD, jnp.float32),
             "last_step": jnp.zeros_like(rows_RD[:, 0], jnp.int32),
         }
 
     def read(self, rows_UD: jax.Array, slots: Slots, step: jax.Array) -> tuple[jax.Array, Slots]:
         m, v, last_U = slots["m"], slots["v"], slots["last_step"]
         step = jnp.asarray(step, jnp.int32)
-        waited_U1 = (step - last_U).astype(rows_UD.dtype)[:, None]
+        waited_U1 = (step - last_U).astype(jnp.float32)[:, None]
         decay_U1 = (self.b1 / self.b2**0.5) ** waited_U1
-        move_U1 = _at(self._missed_moves, last_U, rows_UD.dtype)[:, None]
-        move_U1 = move_U1 - decay_U1 * _at(self._missed_moves, step, rows_UD.dtype)
+        move_U1 = at_step(self._missed_moves, last_U)[:, None]
+        move_U1 = move_U1 - decay_U1 * at_step(self._missed_moves, step)
         direction_UD = jnp.where(v > 0, m / (jnp.sqrt(jnp.where(v > 0, v, 1)) + self.eps), 0)
-        rows = rows_UD - move_U1 * direction_UD
+        rows = rows_UD.astype(jnp.float32) - move_U1 * direction_UD
         last = jnp.full_like(last_U, step)
         return rows, {"m": m * self.b1**waited_U1, "v": v * self.b2**waited_U1, "last_step": last}
 
     def update(self, rows_UD: jax.Array, slots: Slots, grads_UD: jax.Array, step: jax.Array) -> tuple[jax.Array, Slots]:
-        rate = _at(self.learning_rates, step, rows_UD.dtype)
+        rate = at_step(self.learning_rates, step)
         rows, m, v = _adam(rows_UD, slots["m"], slots["v"], grads_UD, step + 1, rate, self.b1, self.b2, self.eps)
         return rows, {"m": m, "v": v, "last_step": slots["last_step"] + 1}
 
@@ -127,11 +129,3 @@ def _missed_moves(learning_rates: np.ndarray, b1: float, b2: float) -> np.ndarra
     for s in range(steps - 1, -1, -1):
         total[s] = r * (moves[s] + total[s + 1])
     return total
-
-
-def _at(series: np.ndarray, index: jax.Array, dtype) -> jax.Array:
-    """series[index], the last entry going on beyond the end."""
-    return jnp.asarray(series, dtype)[jnp.minimum(index, len(series) - 1)]
-
-
-ROW_OPTIMIZERS = {"catch_up_adam": CatchUpAdam, "dense_adam": DenseAdam}

@@ -1,0 +1,12 @@
+"""Where tables lie, by the names that `memory.placement` knows."""
+
+from engram_jax.memory.placements.device import DevicePlacement
+from engram_jax.memory.placements.numpy_arrays import NumpyPlacement
+from engram_jax.memory.placements.protocol import Placement, Table
+
+PLACEMENTS = {
+    "device": DevicePlacement,
+    "numpy": NumpyPlacement,
+}
+
+__all__ = ["PLACEMENTS", "DevicePlacement", "NumpyPlacement", "Placement", "Table"]

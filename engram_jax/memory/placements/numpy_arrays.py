@@ -1,0 +1,211 @@
+"""Tables in arrays of the Python process: in its memory, or in memory-mapped files that may be larger than it.
+
+An array holds the rows of all shards that this process feeds (the addressable devices of the mesh, in the mesh's
+order), one after the other: A shards of R rows are [A * R, ...], and shard j of them is the slice [j * R, (j + 1) * R).
+`take` and `put` see one such slice. What they call in NumPy leaves the interpreter lock to others (so does a page
+fault), so large batches are cut into ranges of rows and spread over threads.
+
+Files lie in `<mmap_dir>/process-<index>/layer-<id>/`, one for each array: rows.bin, slots.<name>.bin, uses.bin. They
+are scratch: a run makes them anew, from its seed or its checkpoint. They start sparse, so a disk that others fill up
+after the check at the start can still end the run (SIGBUS).
+
+Legend: A shards of this process, R local rows of a shard, U rows of a batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from engram_jax.config import ConfigError, MemoryConfig, require
+from engram_jax.memory.table import TableState
+
+PART_ROWS = 4096
+"""Rows that one thread gathers or scatters at a time."""
+
+
+@dataclass(frozen=True)
+class NumpyPlacement:
+    mmap_dir: str = ""
+    """Empty: in memory."""
+    in_program: bool = field(default=False, init=False)
+
+    @classmethod
+    def create(cls, config: MemoryConfig) -> NumpyPlacement:
+        return cls(config.mmap_dir)
+
+    def allocate(self, num_rows: int, like: TableState) -> TableState:
+        return self.allocate_all({"table": num_rows}, like)["table"]
+
+    def allocate_all(self, num_rows: Mapping[str, int], like: TableState) -> dict[str, TableState]:
+        """Zeros for several tables of `num_rows` rows each, refused as a whole if they do not fit.
+
+        Raises:
+          ConfigError: memory or disk is too small, or `mmap_dir` is used by another run or cannot be written to.
+        """
+        row_bytes = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+        needed = sum(num_rows.values()) * row_bytes
+        if not self.mmap_dir:
+            _check_memory(needed)
+            return {name: jax.tree.map(lambda x, n=n: _zeros(n, x), like) for name, n in num_rows.items()}
+        folder = Path(self.mmap_dir).expanduser() / f"process-{jax.process_index()}"
+        try:
+            lock = _FolderLock(folder)
+            _check_disk(folder, needed)
+            for old in folder.glob("*/*.bin"):
+                old.unlink()  # not truncated: an array that someone still holds must not lose its pages
+            return {name: _mapped_zeros(folder / name, n, like, lock) for name, n in num_rows.items()}
+        except OSError as error:
+            raise ConfigError(f"memory.mmap_dir={self.mmap_dir}: {error}. Choose a folder on a local disk.") from error
+
+    def take(self, table: TableState, ids_U: np.ndarray) -> TableState:
+        """The rows as fresh arrays: what is handed to a device may be read by it at any later time."""
+        count = int(np.searchsorted(ids_U, len(table.uses)))
+        batch = jax.tree.map(lambda x: np.empty((len(ids_U), *x.shape[1:]), x.dtype), table)
+        pairs = list(zip(jax.tree.leaves(table), jax.tree.leaves(batch), strict=True))
+
+        def rows(part: slice) -> None:
+            for array_R, out_U in pairs:
+                np.take(array_R, ids_U[part], axis=0, out=out_U[part], mode="clip")  # any other mode buffers `out`
+
+        _in_parts(rows, count)
+        for _, out_U in pairs:
+            out_U[count:] = 0
+        return batch
+
+    def put(self, table: TableState, ids_U: np.ndarray, batch: TableState) -> TableState:
+        """Always in place: the table returned is the one given."""
+        count = int(np.searchsorted(ids_U, len(table.uses)))
+        pairs = [
+            (_rows_as_items(array_R), _rows_as_items(np.asarray(new_U)))
+            for array_R, new_U in zip(jax.tree.leaves(table), jax.tree.leaves(batch), strict=True)
+        ]
+
+        def rows(part: slice) -> None:
+            for items_R, new_U in pairs:
+                np.put(items_R, ids_U[part], new_U[part], mode="clip")
+
+        _in_parts(rows, count)
+        return table
+
+
+# --- rows ---
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="memory-rows")
+
+
+def _in_parts(function: Callable[[slice], None], count: int) -> None:
+    """`function` of slices that make up 0 .. count, on several threads if there are several."""
+    parts = [slice(start, min(start + PART_ROWS, count)) for start in range(0, count, PART_ROWS)]
+    list(_pool().map(function, parts) if len(parts) > 1 else map(function, parts))
+
+
+def _rows_as_items(array_U: np.ndarray) -> np.ndarray:
+    """A view [U] in which a row is one opaque item: `np.put` of such is twice as fast as assignment to `array[ids]`."""
+    array_U = np.ascontiguousarray(array_U)
+    row_bytes = array_U.itemsize * math.prod(array_U.shape[1:])
+    return array_U.reshape(len(array_U), -1).view(f"V{row_bytes}")[:, 0]
+
+
+# --- room ---
+
+
+def _zeros(num_rows: int, like: Any) -> np.ndarray:
+    return np.zeros((num_rows, *like.shape[1:]), like.dtype)
+
+
+def _check_memory(needed: int) -> None:
+    available = available_memory()
+    require(
+        available is None or needed <= available,
+        f"memory.placement=numpy needs {needed / 1e9:.2f} GB of memory for the tables and what the optimizer keeps "
+        f"for their rows, and {(available or 0) / 1e9:.2f} GB are available: set memory.mmap_dir to a folder on a disk "
+        "with that much room, lower engram_vocab_size, or choose another memory.placement.",
+    )
+
+
+def available_memory() -> int | None:
+    """Bytes that this machine can give to a process without swapping; None where the kernel does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    freed = sum(old.stat().st_blocks * 512 for old in folder.glob("*/*.bin"))
+    available = shutil.disk_usage(folder).free + freed
+    require(
+        needed <= available,
+        f"memory.mmap_dir={folder.parent} has room for {available / 1e9:.2f} GB, and the tables with what the "
+        f"optimizer keeps for their rows take {needed / 1e9:.2f} GB: name a folder on a larger disk, lower "
+        "engram_vocab_size, or choose another memory.placement.",
+    )
+
+
+# --- files ---
+
+
+class _FolderLock:
+    """The right to a folder's files. Ends with the last array that lies in them, or with the process."""
+
+    def __init__(self, folder: Path):
+        import fcntl  # POSIX only; tables in memory need no lock
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            gc.collect()  # tables of an earlier run of this process, kept by a reference cycle
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = os.pread(self._file, 32, 0).decode() or "unknown"
+                raise ConfigError(
+                    f"memory.mmap_dir={folder.parent} holds the tables of a run that is still going (process {owner}): "
+                    "name another folder, or end that run."
+                ) from None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, str(os.getpid()).encode(), 0)
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+
+class _Mapping(mmap.mmap):
+    lock: _FolderLock
+
+
+def _mapped_zeros(folder: Path, num_rows: int, like: TableState, lock: _FolderLock) -> TableState:
+    folder.mkdir(exist_ok=True)
+
+    def zeros(path: tuple, leaf: Any) -> np.ndarray:
+        shape = (num_rows, *leaf.shape[1:])
+        size = math.prod(shape) * leaf.dtype.itemsize
+        with open(folder / f"{jax.tree_util.keystr(path, simple=True, separator='.')}.bin", "w+b") as file:
+            file.truncate(size)
+            mapping = _Mapping(file.fileno(), size)
+        mapping.lock = lock
+        if hasattr(mmap, "MADV_RANDOM"):
+            mapping.madvise(mmap.MADV_RANDOM)  # reading ahead of a row would fetch 30 pages that nobody asked for
+        return np.ndarray(shape, leaf.dtype, buffer=mapping)
+
+    return jax.tree_util.tree_map_with_path(zeros, like)

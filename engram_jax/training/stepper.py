@@ -1,0 +1,89 @@
+"""One training step after another, with plans made ahead and rows read ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import jax
+
+from engram_jax.memory.store import Held, MemoryPlan
+from engram_jax.training.assembly import Parts
+from engram_jax.training.planner import Batch, PlannedBatches, Planner
+from engram_jax.training.state import TrainState
+from engram_jax.training.step import Metrics, make_eval_step, make_train_step
+
+
+class Stepper:
+    """Takes the batches of a run through the training step. Use as a context manager; call under the run's mesh."""
+
+    def __init__(self, parts: Parts, batches: Iterator[Batch], log: Callable[[str], None] = print):
+        self._store = parts.store
+        self._batches = PlannedBatches(batches, Planner(parts.store, log))
+        self._step = make_train_step(parts)
+        settings = parts.config.memory
+        whole_table = parts.store.optimizer.whole_table
+        self._reads_ahead = settings.prefetch and settings.placement != "device" and not whole_table
+        self._held: Held | None = None
+        self._promote = None
+        if hasattr(parts.store.placement, "promote") and settings.promote_every:
+            self._promote = jax.jit(parts.store.promote, donate_argnums=0)
+        self._promote_every = settings.promote_every
+        self._outside = None
+        if not parts.store.placement.in_program:
+            from engram_jax.memory import outside
+
+            self._outside = outside.Carrier(parts.store, self._reads_ahead)
+
+    def __enter__(self) -> Stepper:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._outside is not None:
+            self._outside.close()
+
+    def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """The state after the next batch; `step` is the number of steps done. The old state is donated."""
+        batch, plan = self._batches.current
+        if self._outside is not None:
+            state, metrics = self._step_outside(state, batch, plan)
+        elif self._reads_ahead:
+            following = self._batches.following
+            held = self._held or jax.jit(self._store.load)(state.memory, plan)
+            state, metrics, self._held = self._step(state, batch, plan, held, following)
+        else:
+            state, metrics, _ = self._step(state, batch, plan)
+        if self._promote is not None and (step + 1) % self._promote_every == 0:
+            state = replace(state, memory=self._promote(state.memory, plan))
+        self._batches.advance()
+        return state, metrics
+
+    def _step_outside(self, state: TrainState, batch: Batch, plan: MemoryPlan) -> tuple[TrainState, Metrics]:
+        assert self._outside is not None
+        tables = state.memory.tables
+        held = self._outside.load(tables, plan)
+        if self._reads_ahead:
+            self._outside.read_ahead(tables, self._batches.following)
+        inside = replace(state, memory=replace(state.memory, tables={}))
+        state, metrics, held = self._step(inside, batch, plan, held)
+        self._outside.save(tables, plan, held)
+        return replace(state, memory=replace(state.memory, tables=tables)), metrics
+
+    def settle(self) -> None:
+        """Waits until every update has reached the tables, before they are saved or evaluated."""
+        if self._outside is not None:
+            self._outside.settle()
+
+
+def make_evaluator(parts: Parts, log: Callable[[str], None] = print) -> Callable[[TrainState, Batch], jax.Array]:
+    """`losses_BT = evaluator(state, batch)`, with plans that fit, wherever the tables lie."""
+    planner, step, store = Planner(parts.store, log), make_eval_step(parts), parts.store
+
+    def losses(state: TrainState, batch: Batch) -> jax.Array:
+        plan = planner(batch)
+        if store.placement.in_program:
+            return step(state, batch, plan)
+        held = store.load(state.memory, plan)
+        return step(replace(state, memory=replace(state.memory, tables={})), batch, plan, held)
+
+    return losses

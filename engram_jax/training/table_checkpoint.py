@@ -1,0 +1,145 @@
+"""Tables in checkpoints: logical rows, written and read in chunks by every process for its own shards.
+
+    <step>/tables/<layer>/00003-of-00008.rows.bin ...       (memory/table_files.py)
+
+Orbax makes the folder and renames the whole step when all is written; the rows do not pass through it, because they
+would be saved as they lie, cut and padded for one number of devices. A chunk of every shard is brought to the host at a
+time, so saving needs the memory of one chunk per shard beside the table, wherever the table lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+
+from engram_jax.memory.placements import Table
+from engram_jax.memory.store import MemoryStore
+from engram_jax.memory.table import TableState
+from engram_jax.memory.table_files import Field, ShardWriter, TableReader, rows_per_chunk
+
+
+def fields_of(store: MemoryStore) -> dict[str, Field]:
+    """What is kept for each row, as the files name it."""
+    return {name: Field.of(leaf.shape[1:], leaf.dtype) for name, leaf in _named(store.row_shapes()).items()}
+
+
+def num_bytes(store: MemoryStore) -> int:
+    """Size of all tables on disk."""
+    row_bytes = sum(field.row_bytes for field in fields_of(store).values())
+    return sum(layout.shards * layout.rows_per_shard for layout in store.layouts.values()) * row_bytes
+
+
+def save_tables(directory: Path, store: MemoryStore, mesh: Mesh, tables: dict[str, Table]) -> None:
+    """Writes this process's shards of every table. Raises `OSError` with the file's name if the disk refuses."""
+    fields = fields_of(store)
+    read = _compiled(store, store.read_chunk, static_argnums=2)
+    with jax.set_mesh(mesh):
+        for layer, layout in store.layouts.items():
+            rows = layout.rows_per_shard
+            count = min(rows_per_chunk(fields), rows)
+            writers: dict[int, ShardWriter] = {}
+            try:
+                chunk = read(tables[layer], 0, count)
+                for start in range(0, rows, count):
+                    after = start + count
+                    following = read(tables[layer], after, count) if after < rows else None
+                    for shard, arrays in _by_shard(chunk, count).items():
+                        if shard not in writers:
+                            writers[shard] = ShardWriter(directory / layer, layout, shard, fields)
+                        writers[shard].write(start, {name: x[: rows - start] for name, x in arrays.items()})
+                    chunk = following
+                for writer in writers.values():
+                    writer.close()
+            except BaseException:
+                for writer in writers.values():
+                    writer.abort()
+                raise
+
+
+def restore_tables(directory: Path, store: MemoryStore, mesh: Mesh) -> dict[str, Table]:
+    """The tables, cut and placed as `store` has it, from files of any number of shards.
+
+    Raises `TableFileError` if the files are not whole, damaged, or another table's.
+    """
+    fields = fields_of(store)
+    readers = {layer: TableReader(directory / layer) for layer in store.layers}
+    for layer, reader in readers.items():
+        reader.check(store.layouts[layer], fields)
+    write = _compiled(store, store.write_chunk, donate_argnums=0)
+    tables = store.allocate()
+    sharding = NamedSharding(mesh, jax.P(mesh.axis_names))
+    for layer, layout in store.layouts.items():
+        rows = layout.rows_per_shard
+        count = min(rows_per_chunk(fields), rows)
+        for start in range(0, rows, count):
+            parts: dict[str, list[jax.Array]] = {name: [] for name in fields}
+            for device, index in sharding.addressable_devices_indices_map((mesh.size,)).items():
+                shard = index[0].start or 0  # type: ignore[index]
+                arrays = readers[layer].read(layout, shard, start, min(count, rows - start))
+                for name, array in arrays.items():
+                    whole = np.zeros((count, *array.shape[1:]), array.dtype)
+                    whole[: len(array)] = array
+                    parts[name].append(jax.device_put(whole, device))
+            chunk = {
+                name: jax.make_array_from_single_device_arrays(
+                    (mesh.size * count, *arrays[0].shape[1:]), sharding, arrays
+                )
+                for name, arrays in parts.items()
+            }
+            tables[layer] = write(tables[layer], start, _unnamed(chunk))
+    return tables
+
+
+def _compiled(store: MemoryStore, function: Callable, **options: Any) -> Callable:
+    return jax.jit(function, **options) if store.placement.in_program else function
+
+
+def _by_shard(chunk: TableState, count: int) -> dict[int, dict[str, np.ndarray]]:
+    """This process's parts of a chunk [S * count, ...]."""
+    shards: dict[int, dict[str, np.ndarray]] = {}
+    for name, array in _named(chunk).items():
+        for part in array.addressable_shards:
+            shard = (part.index[0].start or 0) // count
+            shards.setdefault(shard, {})[name] = np.asarray(part.data)
+    return shards
+
+
+def _named(table: TableState) -> dict[str, Any]:
+    return {"rows": table.rows, "uses": table.uses, **{f"slots.{name}": x for name, x in table.slots.items()}}
+
+
+def _unnamed(fields: dict[str, Any]) -> TableState:
+    slots = {name.removeprefix("slots."): x for name, x in fields.items() if name.startswith("slots.")}
+    return TableState(fields["rows"], slots, fields["uses"])
+
+
+class TablesHandler(ocp.CheckpointHandler):
+    """Gives Orbax's folder for the item to `save_tables`."""
+
+    def save(self, directory: Any, args: SaveTables) -> None:
+        save_tables(Path(directory), args.store, args.mesh, args.tables)
+
+    def restore(self, directory: Any, args: RestoreTables) -> dict[str, Table]:
+        return restore_tables(Path(directory), args.store, args.mesh)
+
+
+@ocp.args.register_with_handler(TablesHandler, for_save=True)
+@dataclass
+class SaveTables(ocp.args.CheckpointArgs):
+    store: MemoryStore
+    mesh: Mesh
+    tables: dict[str, Table]
+
+
+@ocp.args.register_with_handler(TablesHandler, for_restore=True)
+@dataclass
+class RestoreTables(ocp.args.CheckpointArgs):
+    store: MemoryStore
+    mesh: Mesh
