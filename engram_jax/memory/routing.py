@@ -157,9 +157,10 @@ def plan_rows(
 
 
 def _specs(axes: Axes, alone: bool) -> RowPlan:
-    split, whole = jax.P(axes), jax.P()
+    split: Any = jax.P(axes)
+    whole: Any = jax.P()
     routes = None if alone else Routes(split, split, split, split)
-    return RowPlan(split, split, split, split, routes, Capacity(whole, whole), whole)  # type: ignore[arg-type]
+    return RowPlan(split, split, split, split, routes, Capacity(whole, whole), whole)
 
 
 class _Asked(NamedTuple):
@@ -323,7 +324,8 @@ def _exchange(
     first = next(iter(blocks.values()))
     alike = all(b.shape[1:] == first.shape[1:] and b.dtype == first.dtype for b in blocks.values())
     if transport != "all_to_all" or len(blocks) == 1 or not alike:
-        return {name: TRANSPORTS[transport](block, *sizes[name], axes) for name, block in blocks.items()}
+        move = TRANSPORTS[transport]
+        return {name: move(block, sizes[name][0], sizes[name][1], axes) for name, block in blocks.items()}
     shards = len(next(iter(sizes.values()))[0])
     parts = [block.reshape(shards, -1, *block.shape[1:]) for block in blocks.values()]
     moved = jax.lax.all_to_all(jnp.concatenate(parts, axis=1), axes, 0, 0, tiled=True)

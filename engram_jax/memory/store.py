@@ -76,9 +76,9 @@ class MemoryStore:
 
     def __post_init__(self):
         require(
-            self.placement.in_program or not self.optimizer.whole_table,
-            "This placement keeps tables outside the program, and the row optimizer passes over the whole table at "
-            "every step: choose memory.placement=device, or another optimizer.table_optimizer.",
+            isinstance(self.placement, DevicePlacement) or not self.optimizer.whole_table,
+            f"{type(self.optimizer).__name__} passes over the whole table at every step, so the table must lie on the "
+            "device: choose memory.placement=device, or another optimizer.table_optimizer.",
         )
         for layer, layout in self.layouts.items():
             require(
@@ -104,6 +104,12 @@ class MemoryStore:
         """Logical rows of a layer's table."""
         return self.layouts[layer].num_rows
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tables: rows, optimizer rows and padding."""
+        row_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.row_shapes()))
+        return row_bytes * sum(layout.shards * layout.rows_per_shard for layout in self.layouts.values())
+
     # --- tables ---
 
     def init(self, key: jax.Array) -> MemoryState:
@@ -111,22 +117,15 @@ class MemoryStore:
 
         A row's first value is a function of the key, its layer and its logical id: the same on every mesh.
         """
-        in_program = self.placement.in_program
-        static = ("layer", "count")
-        first_rows = self.first_rows if in_program else jax.jit(self.first_rows, static_argnames=static)
-
-        def fill(table: Table, key: jax.Array, start: jax.Array, layer: str, count: int) -> Table:
-            return self.write_chunk(table, start, first_rows(key, start, layer, count))
-
-        if in_program:
-            fill = jax.jit(fill, static_argnames=static, donate_argnums=0)
-        tables = {}
-        for layer, table in self.allocate().items():
+        first_rows = jax.jit(self.first_rows, static_argnames=("layer", "count"))
+        tables = self.allocate()
+        for layer in self.layers:
+            write = self.chunk_writer(layer)
             rows, layer_key = self.layouts[layer].rows_per_shard, jax.random.fold_in(key, int(layer))
             count = min(CHUNK_ROWS, rows)
             for start in range(0, rows, count):
-                table = fill(table, layer_key, jnp.int32(start), layer, count)
-            tables[layer] = table
+                chunk = first_rows(layer_key, jnp.int32(start), layer, count)
+                tables[layer] = write(tables[layer], start, chunk)
         return MemoryState(tables, self.none_used())
 
     def first_rows(self, key: jax.Array, start: jax.Array, layer: str, count: int) -> TableState:
@@ -145,13 +144,24 @@ class MemoryStore:
         """Tables of zeros."""
         if not self.placement.in_program:
             return outside.allocate(self)
-        return {layer: jax.jit(lambda layer=layer: self._allocate(layer))() for layer in self.layers}
+        shards_here = self.shards // jax.process_count()
+        self.placement.check_room(self.num_bytes // self.shards, shards_here)
+        return {
+            layer: jax.jit(partial(self._allocate, layer), out_shardings=self.at_rest(layer))() for layer in self.layers
+        }
+
+    def at_rest(self, layer: str) -> Any:
+        """What jit must be told of a table among its results: its memory and layout; None if it need not be told."""
+        return self.placement.at_rest(jax.sharding.get_mesh(), self._abstract_table(layer))
 
     def abstract_state(self) -> MemoryState:
         """Shapes, dtypes and shardings of the state."""
         if not self.placement.in_program:
             return MemoryState(outside.abstract_tables(self), jax.eval_shape(self.none_used))
-        return jax.eval_shape(lambda: MemoryState({la: self._allocate(la) for la in self.layers}, self.none_used()))
+        return MemoryState({la: self._abstract_table(la) for la in self.layers}, jax.eval_shape(self.none_used))
+
+    def _abstract_table(self, layer: str) -> Table:
+        return jax.eval_shape(partial(self._allocate, layer))
 
     def _allocate(self, layer: str) -> Table:
         rows = self.layouts[layer].rows_per_shard
@@ -243,7 +253,11 @@ class MemoryStore:
             def local(held: TableState, owned_U: jax.Array, grads_UD: jax.Array, step: jax.Array) -> TableState:
                 rows_UD, slots = self.optimizer.read(held.rows, held.slots, step)
                 rows_UD, slots = self.optimizer.update(rows_UD, slots, grads_UD, step)
-                return TableState(self._stored(layer, rows_UD, owned_U, step), slots, held.uses + 1)
+                moved = TableState(self._stored(layer, rows_UD, owned_U, step), slots, held.uses + 1)
+                # Unused places stay as they were loaded. And all that is written now depends on what was read there:
+                # where it does not (last_step), nothing says which comes first, and XLA copies the whole table.
+                is_row_U = owned_U < self.layouts[layer].rows_per_shard
+                return jax.tree.map(lambda new, old: _where(is_row_U, new, old), moved, held)
 
             return local
 
@@ -269,11 +283,7 @@ class MemoryStore:
         def local(early: TableState, early_U: jax.Array, held: TableState, owned_U: jax.Array) -> TableState:
             place_U = jnp.minimum(jnp.searchsorted(owned_U, early_U), len(owned_U) - 1)
             newer_U = owned_U[place_U] == early_U
-
-            def choose(old_U: jax.Array, new_U: jax.Array) -> jax.Array:
-                return jnp.where(newer_U.reshape(-1, *[1] * (old_U.ndim - 1)), new_U[place_U], old_U)
-
-            return jax.tree.map(choose, early, held)
+            return jax.tree.map(lambda old_U, new_U: _where(newer_U, new_U[place_U], old_U), early, held)
 
         return {
             layer: self._on_shards(local, early[layer], p.owned_U, held[layer], plan[layer].owned_U)
@@ -289,15 +299,16 @@ class MemoryStore:
             return jax.lax.psum(x, axes) if axes else x
 
         def one_table(layer: str) -> Callable:
-            def local(table: TableState, owned_U: jax.Array, grads_UD: jax.Array, step: jax.Array) -> TableState:
-                local_R = jnp.arange(len(table.uses), dtype=jnp.int32)
+            def local(packed: Table, owned_U: jax.Array, grads_UD: jax.Array, step: jax.Array) -> Table:
+                local_R = jnp.arange(self.layouts[layer].rows_per_shard, dtype=jnp.int32)
+                table = self.placement.take(packed, local_R)
                 is_row_R = self._logical(layer, local_R) < self.num_rows(layer)
                 zeros_RD = jnp.zeros(table.rows.shape, jnp.float32)
                 grads_RD = zeros_RD.at[owned_U].add(grads_UD, mode="drop")
-                rows_RD = table.rows.astype(jnp.float32)
-                rows_RD, slots = self.optimizer.update_table(rows_RD, table.slots, grads_RD, step, is_row_R, total)  # type: ignore[attr-defined]
+                rows_RD, slots = self.optimizer.update_table(table.rows, table.slots, grads_RD, step, is_row_R, total)  # type: ignore[attr-defined]
                 uses_R = table.uses.at[owned_U].add(1, mode="drop")
-                return TableState(self._stored(layer, rows_RD, local_R, step), slots, uses_R)
+                table = TableState(self._stored(layer, rows_RD, local_R, step), slots, uses_R)
+                return self.placement.put(packed, local_R, table)
 
             return local
 
@@ -341,29 +352,35 @@ class MemoryStore:
 
         tables = {}
         for layer, layout in self.layouts.items():
-            rows = self._on_shards(partial(local, layer=layer), state.tables[layer], _int(step))
+            read = jax.jit(partial(self._on_shards, partial(local, layer=layer)))
+            rows = read(state.tables[layer], _int(step))
             tables[layer] = layout.to_logical(jax.reshard(rows, jax.P()) if routing.mesh_axes() else rows)
         return tables
 
-    def read_chunk(self, table: Table, start: jax.Array | int, count: int) -> TableState:
-        """Local rows start .. start + count of every shard, as they lie: [S * count, ...]. Jit this call."""
+    def chunk_reader(self, count: int) -> Callable[[Table, int], TableState]:
+        """`chunk = read(table, start)`: local rows start .. start + count of every shard, as they lie [S * count, ...].
+
+        Rows beyond a shard's end read as zero.
+        """
         if not self.placement.in_program:
-            return outside.read_chunk(self, table, int(start), count)
+            return lambda table, start: outside.read_chunk(self, table, start, count)
 
         def local(table: Table, start: jax.Array) -> TableState:
             return self.placement.take(table, start + jnp.arange(count, dtype=jnp.int32))
 
-        return self._on_shards(local, table, _int(start))
+        read = jax.jit(partial(self._on_shards, local))
+        return lambda table, start: read(table, jnp.int32(start))
 
-    def write_chunk(self, table: Table, start: jax.Array | int, chunk: TableState) -> Table:
-        """The inverse of `read_chunk`; rows beyond the shard's end are dropped. Jit this call and donate the table."""
+    def chunk_writer(self, layer: str) -> Callable[[Table, int, TableState], Table]:
+        """`table = write(table, start, chunk)`, the inverse of `chunk_reader`; the table is donated."""
         if not self.placement.in_program:
-            return outside.write_chunk(self, table, int(start), chunk)
+            return lambda table, start, chunk: outside.write_chunk(self, table, start, chunk)
 
         def local(table: Table, start: jax.Array, chunk: TableState) -> Table:
             return self.placement.put(table, start + jnp.arange(len(chunk.uses), dtype=jnp.int32), chunk)
 
-        return self._on_shards(local, table, _int(start), chunk)
+        write = jax.jit(partial(self._on_shards, local), donate_argnums=0, out_shardings=self.at_rest(layer))
+        return lambda table, start, chunk: write(table, jnp.int32(start), chunk)
 
     def _on_shards(self, function: Callable, *args: Any) -> Any:
         """`function` of each shard's part of the arguments; scalars go to all."""
@@ -404,6 +421,10 @@ def check(plan: MemoryPlan) -> None:
                 f"Layer {layer}: {damaged} row requests arrived outside the owner's shard, so they were damaged on the "
                 "way. Try memory.transport=all_to_all, and check the interconnect."
             )
+
+
+def _where(mask_U: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.where(mask_U.reshape(-1, *[1] * (x.ndim - 1)), x, y)
 
 
 def _int(step: jax.Array | int) -> jax.Array:

@@ -44,6 +44,6 @@ def ragged_all_to_all(block: jax.Array, sizes_S: jax.Array, arrived_S: jax.Array
 TRANSPORTS: dict[str, Transport] = {"all_to_all": all_to_all, "ragged_all_to_all": ragged_all_to_all}
 
 
-def default_transport() -> str:
-    """What `memory.transport=auto` means on this backend."""
-    return "ragged_all_to_all" if jax.default_backend() == "tpu" else "all_to_all"
+def default_transport(platform: str) -> str:
+    """What `memory.transport=auto` means on devices of this platform (cpu, gpu, tpu)."""
+    return "ragged_all_to_all" if platform == "tpu" else "all_to_all"

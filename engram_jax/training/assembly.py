@@ -86,15 +86,16 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, devices: Sequence[Any] | N
         engram = config.model.engram
     optimizer = config.optimizer
     rates = optimizer.table_lr_multiplier * learning_rates(optimizer, config.train.steps)
+    platform = mesh.devices.flat[0].platform
     store = MemoryStore.create(
         engram,
         token_map,
         ROW_OPTIMIZERS[optimizer.table_optimizer].create(optimizer, rates),
-        placement=PLACEMENTS[config.memory.placement].create(config.memory),
+        placement=PLACEMENTS[config.memory.placement].create(config.memory, platform),
         shards=mesh.size,
         init_std=config.model.initializer_range,
         row_dtype=config.memory.row_dtype,
-        transport=default_transport() if config.memory.transport == "auto" else config.memory.transport,
+        transport=default_transport(platform) if config.memory.transport == "auto" else config.memory.transport,
         seed=config.train.seed,
     )
     schedule = learning_rate(optimizer, config.train.steps)

@@ -19,7 +19,7 @@ from engram_jax.config import CheckpointConfig
 from engram_jax.training.assembly import Parts
 from engram_jax.training.errors import RunError
 from engram_jax.training.state import TrainState
-from engram_jax.training.table_checkpoint import RestoreTables, SaveTables, num_bytes
+from engram_jax.training.table_checkpoint import RestoreTables, SaveTables
 
 UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -85,7 +85,7 @@ class Checkpoints:
 
     def check_room(self, state: Any) -> None:
         """Raises `RunError` if the disk cannot hold one more copy of the tables and of `state` (arrays or shapes)."""
-        needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) + num_bytes(self._store)
+        needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) + self._store.num_bytes
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise RunError(

@@ -96,7 +96,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
         # --- steps ---
         tokens_per_step = config.data.batch_size * config.data.seq_len
         progress = Progress(first_step, config.train.steps, tokens_per_step)
-        pending: tuple[int, dict[str, jax.Array]] | None = None
+        pending: tuple[int, dict[str, jax.Array], dict[str, jax.Array]] | None = None
         batches = train_batches(
             text.train,
             config.data.batch_size,
@@ -112,7 +112,7 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
             Stepper(parts, (to_devices(batch, parts.mesh) for batch in batches), log) as train_step,
         ):
 
-            def report(step: int, metrics: dict[str, jax.Array]) -> None:
+            def report(step: int, metrics: dict[str, jax.Array], seen: dict[str, jax.Array]) -> None:
                 """Waits for a step's numbers; called once the next step is under way."""
                 values = {name: float(value) for name, value in metrics.items()}
                 for name in ("loss", "grad_norm"):
@@ -123,18 +123,23 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
                             f"Step {step}: {name} is {values[name]}, so the run stops; {good}. "
                             "Lower optimizer.learning_rate or optimizer.clip_norm, or lengthen optimizer.warmup_steps."
                         )
+                looks = {name: float(value) for name, value in seen.items()}
+                looks = {name: value for name, value in looks.items() if not math.isnan(value)}
                 if step % config.train.log_every == 0 or step in (first_step + 1, config.train.steps):
                     rate = progress.tokens_per_second(step)
-                    writer.write(step, values | {"tokens_per_second": rate})
+                    writer.write(step, values | looks | {"tokens_per_second": rate})
                     log(progress.line(step, values, rate))
+                elif looks:
+                    writer.write(step, looks)
 
             step = first_step
             while step < config.train.steps and not stop.requested:
+                seen = train_step.look(state) if _due(step + 1, config.memory.sight_every) else {}
                 state, metrics = train_step(state, step)
                 step += 1
                 if pending is not None:
                     report(*pending)
-                pending = (step, metrics)
+                pending = (step, metrics, seen)
 
                 is_last = step == config.train.steps
                 if _due(step, config.train.eval_every) and not is_last:

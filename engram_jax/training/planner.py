@@ -59,10 +59,7 @@ class Planner:
                 capacities = {layer: self._grown(layer, _need(p)) for layer, p in plan.items()}
                 self._tuned = True
             elif not fits(plan):
-                capacities = {
-                    layer: Capacity(*map(max, capacities[layer], self._grown(layer, _need(p))))
-                    for layer, p in plan.items()
-                }
+                capacities = {layer: self._enlarged(layer, capacities[layer], _need(p)) for layer, p in plan.items()}
                 if self._tuned:
                     self.replanned += 1
                     self._log(
@@ -86,6 +83,11 @@ class Planner:
     def _is_outdated(self, plan: MemoryPlan) -> bool:
         """Made before the shapes last grew: one more pair of shapes would be one more compile of the step."""
         return self._capacities != {layer: capacity(p) for layer, p in plan.items()}
+
+    def _enlarged(self, layer: str, given: Capacity, need: Capacity) -> Capacity:
+        """Grown where it is too small, and there only: places that travel empty cost as much as full ones."""
+        grown = self._grown(layer, need)
+        return Capacity(*(new if n > old else old for old, new, n in zip(given, grown, need, strict=True)))
 
     def _grown(self, layer: str, need: Capacity) -> Capacity:
         rows = self._store.layouts[layer].rows_per_shard

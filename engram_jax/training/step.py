@@ -100,7 +100,9 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
             metrics |= {f"memory/{name}_{layer}": value for name, value in counters.items()}
         return new_state, metrics, held
 
-    return jax.jit(train_step, donate_argnums=(0, 3))
+    tables = {layer: store.at_rest(layer) for layer in store.layers} if store.placement.in_program else {}
+    at_rest = TrainState(None, None, None, None, MemoryState(tables, None))  # type: ignore[arg-type]
+    return jax.jit(train_step, donate_argnums=(0, 3), out_shardings=(at_rest, None, None))
 
 
 def _update_rows(
@@ -115,12 +117,13 @@ def _update_rows(
     """The tables after this batch, and what the step hands on: the next batch's rows, or rows to save outside."""
     if store.optimizer.whole_table:
         return store.update(state.memory, plan, row_grads, state.step), None
-    held = store.advance(held, plan, row_grads, state.step)
+    moved = store.advance(held, plan, row_grads, state.step)
     if early is None or next_plan is None:
-        return store.save(state.memory, plan, held), None if store.placement.in_program else held
+        return store.save(state.memory, plan, moved), None if store.placement.in_program else moved
     # Without the barrier nothing says that the tables are read before they are overwritten, and XLA would copy them.
-    early, held = jax.lax.optimization_barrier((early, held))
-    return store.save(state.memory, plan, held), store.patch(early, next_plan, held, plan)
+    tied: tuple[Held, Held] = jax.lax.optimization_barrier((early, moved))
+    early, moved = tied
+    return store.save(state.memory, plan, moved), store.patch(early, next_plan, moved, plan)
 
 
 def _memory_metrics(store: MemoryStore, plan: RowPlan) -> Metrics:

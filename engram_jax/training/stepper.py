@@ -34,6 +34,11 @@ class Stepper:
             from engram_jax.memory import outside
 
             self._outside = outside.Carrier(parts.store, self._reads_ahead)
+        self._sight = None
+        if parts.store.layers and settings.sight_every:
+            from engram_jax.analysis.sight import make_sight
+
+            self._sight = make_sight(parts)
 
     def __enter__(self) -> Stepper:
         return self
@@ -61,13 +66,27 @@ class Stepper:
     def _step_outside(self, state: TrainState, batch: Batch, plan: MemoryPlan) -> tuple[TrainState, Metrics]:
         assert self._outside is not None
         tables = state.memory.tables
-        held = self._outside.load(tables, plan)
+        loaded = self._outside.load(tables, plan)
         if self._reads_ahead:
             self._outside.read_ahead(tables, self._batches.following)
         inside = replace(state, memory=replace(state.memory, tables={}))
-        state, metrics, held = self._step(inside, batch, plan, held)
+        state, metrics, held = self._step(inside, batch, plan, loaded)
+        assert held is not None
         self._outside.save(tables, plan, held)
         return replace(state, memory=replace(state.memory, tables=tables)), metrics
+
+    def look(self, state: TrainState) -> Metrics:
+        """What the next batch finds in the memory before its step is taken (analysis/sight.py); {} without memory."""
+        if self._sight is None:
+            return {}
+        batch, plan = self._batches.current
+        if self._outside is not None:
+            self._outside.settle()
+            held = self._store.load(state.memory, plan)
+            return self._sight(replace(state, memory=replace(state.memory, tables={})), batch, plan, held)
+        if self._reads_ahead and self._held is None:
+            self._held = jax.jit(self._store.load)(state.memory, plan)
+        return self._sight(state, batch, plan, self._held)
 
     def settle(self) -> None:
         """Waits until every update has reached the tables, before they are saved or evaluated."""

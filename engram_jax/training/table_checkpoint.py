@@ -9,7 +9,6 @@ time, so saving needs the memory of one chunk per shard beside the table, wherev
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,31 +29,25 @@ def fields_of(store: MemoryStore) -> dict[str, Field]:
     return {name: Field.of(leaf.shape[1:], leaf.dtype) for name, leaf in _named(store.row_shapes()).items()}
 
 
-def num_bytes(store: MemoryStore) -> int:
-    """Size of all tables on disk."""
-    row_bytes = sum(field.row_bytes for field in fields_of(store).values())
-    return sum(layout.shards * layout.rows_per_shard for layout in store.layouts.values()) * row_bytes
-
-
 def save_tables(directory: Path, store: MemoryStore, mesh: Mesh, tables: dict[str, Table]) -> None:
     """Writes this process's shards of every table. Raises `OSError` with the file's name if the disk refuses."""
     fields = fields_of(store)
-    read = _compiled(store, store.read_chunk, static_argnums=2)
     with jax.set_mesh(mesh):
         for layer, layout in store.layouts.items():
             rows = layout.rows_per_shard
             count = min(rows_per_chunk(fields), rows)
+            read = store.chunk_reader(count)
             writers: dict[int, ShardWriter] = {}
             try:
-                chunk = read(tables[layer], 0, count)
+                following = read(tables[layer], 0)
                 for start in range(0, rows, count):
-                    after = start + count
-                    following = read(tables[layer], after, count) if after < rows else None
+                    chunk, after = following, start + count
+                    if after < rows:  # on its way while this one is written
+                        following = read(tables[layer], after)
                     for shard, arrays in _by_shard(chunk, count).items():
                         if shard not in writers:
                             writers[shard] = ShardWriter(directory / layer, layout, shard, fields)
                         writers[shard].write(start, {name: x[: rows - start] for name, x in arrays.items()})
-                    chunk = following
                 for writer in writers.values():
                     writer.close()
             except BaseException:
@@ -72,12 +65,12 @@ def restore_tables(directory: Path, store: MemoryStore, mesh: Mesh) -> dict[str,
     readers = {layer: TableReader(directory / layer) for layer in store.layers}
     for layer, reader in readers.items():
         reader.check(store.layouts[layer], fields)
-    write = _compiled(store, store.write_chunk, donate_argnums=0)
     tables = store.allocate()
     sharding = NamedSharding(mesh, jax.P(mesh.axis_names))
     for layer, layout in store.layouts.items():
         rows = layout.rows_per_shard
         count = min(rows_per_chunk(fields), rows)
+        write = store.chunk_writer(layer)
         for start in range(0, rows, count):
             parts: dict[str, list[jax.Array]] = {name: [] for name in fields}
             for device, index in sharding.addressable_devices_indices_map((mesh.size,)).items():
@@ -95,10 +88,6 @@ def restore_tables(directory: Path, store: MemoryStore, mesh: Mesh) -> dict[str,
             }
             tables[layer] = write(tables[layer], start, _unnamed(chunk))
     return tables
-
-
-def _compiled(store: MemoryStore, function: Callable, **options: Any) -> Callable:
-    return jax.jit(function, **options) if store.placement.in_program else function
 
 
 def _by_shard(chunk: TableState, count: int) -> dict[int, dict[str, np.ndarray]]:

@@ -187,8 +187,8 @@ def test_chunks_go_out_and_in_and_end_with_the_shard(mesh):
         table, copy = store.init(jax.random.key(1)).tables["2"], store.allocate()["2"]
         rows = store.layouts["2"].rows_per_shard
         for start in range(0, rows, 40):
-            chunk = store.read_chunk(table, start, 40)
-            assert store.write_chunk(copy, start, chunk) is copy
+            chunk = store.chunk_reader(40)(table, start)
+            assert store.chunk_writer("2")(copy, start, chunk) is copy
             here = min(40, rows - start)
             of_shards = table.rows.reshape(store.shards, rows, 4)[:, start : start + here]
             np.testing.assert_array_equal(np.asarray(chunk.rows).reshape(store.shards, 40, 4)[:, :here], of_shards)

@@ -24,10 +24,16 @@ ROWS, BATCH, WIDTH = 16 * 2**20, 65_536, 64
 
 def compile_apart(topology: str, row_dtype: str) -> dict[str, dict[str, Any]]:
     """`programs` in a process of its own. Raises RuntimeError with the end of its output if it fails."""
+    return run_apart(__file__, topology, row_dtype)
+
+
+def run_apart(script: str, *arguments: str) -> dict[str, Any]:
+    """What a program that needs libtpu prints as its last line, read as JSON."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    environment["TPU_LOG_DIR"] = "disabled"  # it would leave two files a run in the temporary folder
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, __file__, topology, row_dtype]
+    command = [sys.executable, script, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
@@ -50,6 +56,7 @@ def memory(compiled) -> dict[str, Any]:
 
     sizes = compiled.memory_analysis()
     formats = jax.tree.leaves((compiled.input_formats, compiled.output_formats))
+    formats = [f for f in formats if f.sharding is not None]  # an argument nobody uses has none
     return {
         "device_temp": sizes.temp_size_in_bytes,
         "host_argument": sizes.host_argument_size_in_bytes,
@@ -93,7 +100,7 @@ def programs(topology: str, row_dtype: str) -> dict[str, dict[str, Any]]:
     with jax.set_mesh(mesh):
         allocate = on_shards(lambda: placement.allocate(ROWS, one_row))
         shapes = jax.eval_shape(allocate)
-        at_rest = jax.tree.map(lambda x: placement.at_rest(mesh, x.ndim), shapes)
+        at_rest = placement.at_rest(mesh, shapes)
         table = jax.tree.map(lambda x, rest: array(x.shape, x.dtype, sharding=rest), shapes, at_rest)
         device = NamedSharding(mesh, sharded)
         ids = array((mesh.size * BATCH,), jnp.int32, sharding=device)

@@ -7,10 +7,10 @@ memory instead of its own.
 
 Two conditions, which nothing but `memory_analysis()` would show to be broken:
 
-* The arrays lie in row-major order, untiled. An accelerator's default layout is tiled, for arrays in host memory too,
-  and a host computation sees plain arrays: the whole table would be untiled for every gather and tiled again after
-  every scatter. So jit must be told for every output that is a table: `out_shardings=...at_rest(mesh, ndim)`.
-  Arguments need no such word, they bring their layout with them.
+* The arrays lie in row-major order, untiled. A TPU's default layout is tiled, for arrays in host memory too, and a host
+  computation sees plain arrays: the whole table would be untiled for every gather and tiled again after every scatter.
+  So jit must be told for every output that is a table: `out_shardings=...at_rest(mesh, table)`. Arguments need no such
+  word, they bring their layout with them.
 * Narrow floats lie there as unsigned integers of their width. XLA:CPU scatters bfloat16 (before jax 0.12) and float8
   by way of a wider copy of the table, and integers in place.
 
@@ -62,13 +62,19 @@ class HostPlacement:
     in_program: bool = field(default=True, init=False)
 
     @classmethod
-    def create(cls, config: MemoryConfig) -> HostPlacement:
+    def create(cls, config: MemoryConfig, platform: str) -> HostPlacement:
         return cls()
 
-    def at_rest(self, mesh: Mesh, ndim: int) -> Format | NamedSharding:
-        """Sharding, memory and layout of a table's array [S * R, ...] of `ndim` dims, for jit's `out_shardings`."""
+    def check_room(self, shard_bytes: int, shards_here: int) -> None:
+        check_room(shard_bytes * shards_here)
+
+    def at_rest(self, mesh: Mesh, table: HostTable) -> Any:
+        """Sharding, memory and layout of a table's arrays [S * R, ...], for jit's `out_shardings`."""
+        return jax.tree.map(lambda x: self._at_rest(mesh, x.ndim), table)
+
+    def _at_rest(self, mesh: Mesh, ndim: int) -> Format | NamedSharding:
         sharding = NamedSharding(mesh, P(MESH_AXES), memory_kind=HOST_MEMORY)
-        if mesh.devices.flat[0].platform == "cpu":  # never tiles, and takes no layout that says so
+        if mesh.devices.flat[0].platform != "tpu":  # the others never tile, and have no layout that says so
             return sharding
         return Format(Layout(tuple(range(ndim)), _UNTILED), sharding)
 

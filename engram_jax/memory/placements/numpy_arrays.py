@@ -20,6 +20,7 @@ import math
 import mmap
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ class NumpyPlacement:
     in_program: bool = field(default=False, init=False)
 
     @classmethod
-    def create(cls, config: MemoryConfig) -> NumpyPlacement:
+    def create(cls, config: MemoryConfig, platform: str) -> NumpyPlacement:
         return cls(config.mmap_dir)
 
     def allocate(self, num_rows: int, like: TableState) -> TableState:
@@ -169,25 +170,22 @@ class _FolderLock:
         import fcntl  # POSIX only; tables in memory need no lock
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        weakref.finalize(self, os.close, file)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             gc.collect()  # tables of an earlier run of this process, kept by a reference cycle
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = os.pread(self._file, 32, 0).decode() or "unknown"
+                owner = os.pread(file, 32, 0).decode() or "unknown"
                 raise ConfigError(
                     f"memory.mmap_dir={folder.parent} holds the tables of a run that is still going (process {owner}): "
                     "name another folder, or end that run."
                 ) from None
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, str(os.getpid()).encode(), 0)
-
-    def __del__(self):
-        if hasattr(self, "_file"):
-            os.close(self._file)
+        os.ftruncate(file, 0)
+        os.pwrite(file, str(os.getpid()).encode(), 0)
 
 
 class _Mapping(mmap.mmap):

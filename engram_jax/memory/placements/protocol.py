@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Protocol, Self
 
 import jax
+from jax.sharding import Mesh
 
 from engram_jax.config import MemoryConfig
 from engram_jax.memory.table import TableState
@@ -16,16 +17,31 @@ Table = Any  # a pytree of arrays; a TableState where a placement has no need of
 
 
 class Placement(Protocol):
-    """Where the rows of a table lie. Every method sees one shard, inside shard_map and under jit.
+    """Where the rows of a table lie. `allocate`, `take` and `put` see one shard, inside shard_map and under jit.
 
     Ids are local rows, ascending and distinct; those at or beyond the shard's end read as zero and write nowhere.
     """
 
-    in_program: bool
-    """False: the rows lie where a compiled program cannot reach them; memory/outside.py carries them in and out."""
+    @property
+    def in_program(self) -> bool:
+        """False: the rows lie where a compiled program cannot reach them; memory/outside.py carries them in and out."""
+        ...
 
     @classmethod
-    def create(cls, config: MemoryConfig) -> Self: ...
+    def create(cls, config: MemoryConfig, platform: str) -> Self:
+        """`platform` is the one of the mesh's devices: cpu, gpu or tpu."""
+        ...
+
+    def at_rest(self, mesh: Mesh, table: Table) -> Any:
+        """What `out_shardings` must say where a jitted function returns this table (arrays or shapes, [S * R, ...]).
+
+        A pytree of shardings and formats, or None where nothing need be said.
+        """
+        ...
+
+    def check_room(self, shard_bytes: int, shards_here: int) -> None:
+        """Raises `ConfigError` with the numbers if this process's shards cannot fit, before anything is allocated."""
+        ...
 
     def allocate(self, num_rows: int, like: TableState) -> Table:
         """Zeros for `num_rows` rows; `like` gives one row's shapes and dtypes, [1, ...]."""
