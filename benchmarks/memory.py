@@ -151,7 +151,7 @@ def main(options: Options) -> None:
         return lambda: step(params, x, rows, ct)
 
     store = MemoryStore.create(config.engram, token_map, CatchUpAdam(RATES))
-    both = Donated(reader_and_table_step(store, graphdef), jax.jit(store.init)(key), tokens, params, x, ct)
+    both = Donated(reader_and_table_step(store, graphdef), store.init(key), tokens, params, x, ct)
     names = ("three matrix products", "reader, forward and backward", "the same, grouped convolution", "reader + table")
     runs = (products, gradient(reader_loss), gradient(grouped_convolution_loss), both)
     times = rounds(dict(zip(names, runs, strict=True)), options.repeats)
@@ -167,7 +167,7 @@ def main(options: Options) -> None:
         entries = {"products": products}
         for name, optimizer in (("catch-up Adam", CatchUpAdam(RATES)), ("dense Adam", DenseAdam(RATES))):
             store = MemoryStore.create(model_config(num_rows).engram, token_map, optimizer)
-            entries[name] = Donated(table_step(store), jax.jit(store.init)(key), tokens, grads)
+            entries[name] = Donated(table_step(store), store.init(key), tokens, grads)
         times = rounds(entries, options.repeats)
         catch_up, dense = times["catch-up Adam"], times["dense Adam"]
         share = catch_up / times["products"]

@@ -15,6 +15,7 @@ from benchmarks.memory import rounds
 from engram_jax.data.loader import load_data, train_batches
 from engram_jax.training.assembly import assemble
 from engram_jax.training.loop import to_devices
+from engram_jax.training.planner import Planner
 from engram_jax.training.step import make_train_step
 from experiments.registry import build
 
@@ -36,11 +37,11 @@ class Run:
             train_batches(text.train, config.data.batch_size, config.data.seed) as batches,
         ):
             self.state, self.batch = self.parts.init_state(), to_devices(next(batches), self.parts.mesh)
-            self.step = make_train_step(self.parts)
+            self.planner, self.step = Planner(self.parts.store), make_train_step(self.parts)
 
     def __call__(self) -> jax.Array:
         with jax.set_mesh(self.parts.mesh):
-            self.state, metrics = self.step(self.state, self.batch)
+            self.state, metrics, _ = self.step(self.state, self.batch, self.planner(self.batch))
         return metrics["loss"]
 
 

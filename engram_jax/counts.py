@@ -1,4 +1,4 @@
-"""What a model holds and what a step costs, from its config alone: parameters, FLOPs, bytes of state.
+"""What a model holds and what a step costs, from its config alone: parameters, FLOPs, bytes of state and exchange.
 
 `leaves` lists every weight of the backbone, and everything else is a sum over it, so the groups add up to the total.
 The tables are counted apart: their rows are looked up, never multiplied, and stay out of the parameters.
@@ -13,13 +13,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engram_jax.config import ModelConfig, OptimizerConfig, RunConfig
+from engram_jax.config import MemoryConfig, ModelConfig, OptimizerConfig, RunConfig
 from engram_jax.optimizers.roles import ROLES
 
 GROUPS = (
     *("embedding", "head", "attention", "dense_ffn", "routed_experts", "shared_experts", "router"),
     *("hyper_connections", "norms", "engram_projections", "engram_conv", "memory"),
 )
+DEVICE_COUNTS = (1, 8, 64, 512)
+"""Mesh sizes for which `describe` divides the tables."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ def _readers(config: ModelConfig) -> Iterator[Leaf]:
         yield Leaf("engram_conv", "conv_kmd", (engram.engram_kernel_size, M, D), L)
 
 
-def num_rows(config: ModelConfig) -> dict[int, int]:
-    """Logical table rows of each Engram layer: the sum of its heads' primes."""
+def head_rows(config: ModelConfig) -> dict[int, tuple[int, ...]]:
+    """Logical table rows of every head of each Engram layer: primes."""
     if not config.engram.enabled:
         return {}
     # Here, because they bring jax, which the command line's --help does not wait for.
@@ -122,7 +124,12 @@ def num_rows(config: ModelConfig) -> dict[int, int]:
     from engram_jax.memory.hashing import hash_constants
 
     constants = hash_constants(config.engram, TokenMap.identity(config.vocab_size))  # primes do not depend on the map
-    return {layer: constants.num_rows(layer) for layer in constants.layer_ids}
+    return {layer: constants.head_rows(layer) for layer in constants.layer_ids}
+
+
+def num_rows(config: ModelConfig) -> dict[int, int]:
+    """Logical table rows of each Engram layer."""
+    return {layer: sum(rows) for layer, rows in head_rows(config).items()}
 
 
 @dataclass(frozen=True)
@@ -182,23 +189,75 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return 6 * (matrices + logits) + 6 * per_key * (seq_len + 1) / 2
 
 
-def state_bytes(config: ModelConfig, optimizer: OptimizerConfig) -> dict[str, int]:
+@dataclass(frozen=True)
+class TableBytes:
+    """Bytes of table rows and of what is kept beside them."""
+
+    rows: int
+    """What the readers read, in the dtype it is stored in."""
+    optimizer: int
+    uses: int
+    """The int32 count of each row's updates."""
+
+    @property
+    def total(self) -> int:
+        return self.rows + self.optimizer + self.uses
+
+
+def row_bytes(config: ModelConfig, optimizer: OptimizerConfig, memory: MemoryConfig) -> TableBytes:
+    """Bytes of one row under the configured rule and dtype."""
+    import numpy as np
+
+    from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS, bytes_per_row
+
+    rule = ROW_OPTIMIZERS[optimizer.table_optimizer].create(optimizer, np.ones(1))  # rates do not change the shapes
+    return TableBytes(*bytes_per_row(rule, config.engram.engram_head_dim, memory.row_dtype), uses=4)
+
+
+def table_bytes(
+    config: ModelConfig, optimizer: OptimizerConfig, memory: MemoryConfig, devices: int = 1
+) -> dict[int, TableBytes]:
+    """Bytes of each Engram layer's table that one of `devices` devices owns, padding included.
+
+    One device owns the logical rows alone. What a placement adds (copies of hot rows, tiles) is not counted.
+    """
+    if not config.engram.enabled:
+        return {}
+    from engram_jax.memory.table import TableLayout
+
+    row = row_bytes(config, optimizer, memory)
+    owned = {layer: TableLayout(heads, devices).rows_per_shard for layer, heads in head_rows(config).items()}
+    return {layer: TableBytes(n * row.rows, n * row.optimizer, n * row.uses) for layer, n in owned.items()}
+
+
+def exchange_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes that one token's lookups send through the mesh in a training step, at most.
+
+    Each lookup sends its id (int32) to the owner, the row comes back and its gradient goes there, both in float32. A
+    device asks for a row once however often its tokens repeat it, which leaves the share memory/distinct_share of this;
+    1/devices of it stays at home. Places that transport all_to_all sends empty are not counted.
+    """
+    engram = config.engram
+    return len(engram.engram_layer_ids) * engram.num_rows_per_token * (4 + 2 * 4 * engram.engram_head_dim)
+
+
+def state_bytes(config: ModelConfig, optimizer: OptimizerConfig, memory: MemoryConfig) -> dict[str, int]:
     """Bytes of training state by group over all devices: float32 weights and the optimizer's slots beside them.
 
-    Muon keeps a momentum, AdamW two moments; a table row has two moments and the int32 step of its last touch.
+    Muon keeps a momentum, AdamW two moments; tables as in `table_bytes`, without padding.
     """
     total = Counter(dict.fromkeys(GROUPS, 0))
     for leaf in leaves(config):
         one_slot = ROLES[leaf.name].kind == "matrix" and optimizer.matrix_optimizer == "muon"
         total[leaf.group] += 4 * leaf.size * (2 if one_slot else 3)
-    total["memory"] = sum(num_rows(config).values()) * (3 * config.engram.engram_head_dim + 1) * 4
+    total["memory"] = sum(table.total for table in table_bytes(config, optimizer, memory).values())
     return dict(total)
 
 
 def describe(run: RunConfig) -> str:
     """A table of the run's counts, for `--print`."""
     model, tokens = run.model, run.data.batch_size * run.data.seq_len * run.train.steps
-    counts, state = parameters(model), state_bytes(model, run.optimizer)
+    counts, state = parameters(model), state_bytes(model, run.optimizer, run.memory)
     sparse, rho = sparse_parameters(model)
     flops = flops_per_token(model, run.data.seq_len)
     lines = [f"{'group':20}{'parameters':>18}{'state':>12}"]
@@ -213,7 +272,24 @@ def describe(run: RunConfig) -> str:
         "tokens": f"{tokens:,}",
         "FLOPs": f"{flops * tokens:.4g}",
     }
+    if model.engram.enabled:
+        facts |= _memory_facts(run)
     return "\n".join(lines + [f"{name:24}{value}" for name, value in facts.items()])
+
+
+def _memory_facts(run: RunConfig) -> dict[str, str]:
+    width, settings = run.model.engram.engram_head_dim, (run.model, run.optimizer, run.memory)
+    row, tables = row_bytes(*settings), table_bytes(*settings).values()
+    owned = {n: sum(table.total for table in table_bytes(*settings, devices=n).values()) for n in DEVICE_COUNTS}
+    return {
+        "memory rows": f"{sum(num_rows(run.model).values()):,}  ({run.memory.row_dtype} [{width}], {row.total} bytes)",
+        "bytes per parameter": f"{row.rows / width:.4g} rows + {row.optimizer / width:.4g} "
+        f"{run.optimizer.table_optimizer} + {row.uses / width:.4g} uses = {row.total / width:.4g}",
+        "bytes of memory": f"{_bytes(sum(t.rows for t in tables))} + {_bytes(sum(t.optimizer for t in tables))} + "
+        f"{_bytes(sum(t.uses for t in tables))} = {_bytes(sum(t.total for t in tables))}",
+        "on each device of": ", ".join(f"{n}: {_bytes(number)}" for n, number in owned.items()),
+        "exchange per token": f"{_bytes(exchange_bytes_per_token(run.model))}  (at most: without de-duplication)",
+    }
 
 
 def _bytes(number: float) -> str:

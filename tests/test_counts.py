@@ -1,13 +1,27 @@
 import math
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from engram_jax import counts
-from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig, OptimizerConfig, replace
+from engram_jax.config import (
+    AttentionConfig,
+    EngramConfig,
+    MemoryConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    replace,
+)
+from engram_jax.memory.compression import TokenMap
+from engram_jax.memory.quantized import FrozenFP8
+from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS, bytes_per_row
+from engram_jax.memory.store import MemoryStore
 from engram_jax.model import Model, split
 from engram_jax.optimizers.groups import make_optimizer
 from experiments.registry import RUNS, build
@@ -137,9 +151,52 @@ def test_state_bytes_are_what_the_optimizer_allocates(matrix_optimizer):
     optimizer = make_optimizer(config, optax.constant_schedule(1e-3), params)
     slots = jax.eval_shape(optimizer.init, params)
     allocated = sum(4 * x.size for x in jax.tree.leaves((params, slots)) if x.ndim)
-    stated = counts.state_bytes(TINY, config)
+    stated = counts.state_bytes(TINY, config, MemoryConfig())
     assert sum(stated.values()) - stated["memory"] == allocated
-    assert stated["memory"] == 60 * (3 * 3 + 1) * 4
+    assert stated["memory"] == 60 * (3 * 4 + (2 * 3 + 1) * 4 + 4)  # rows; two moments and last_step; uses
+
+
+# bytes beside a row of 3 numbers, by hand: two moments (and the step), one number (and the step), one moment
+SLOT_BYTES = {
+    "catch_up_adam": 2 * 3 * 4 + 4,
+    "dense_adam": 2 * 3 * 4,
+    "rowwise_adagrad": 4,
+    "rowwise_rmsprop": 4 + 4,
+    "sinkhorn": 3 * 4,
+}
+
+
+@pytest.mark.parametrize("rule", ROW_OPTIMIZERS)
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
+def test_bytes_of_a_table_by_hand_and_as_the_store_allocates(rule, dtype, width):
+    optimizer, memory = OptimizerConfig(table_optimizer=rule), MemoryConfig(row_dtype=dtype)
+    row = counts.row_bytes(TINY, optimizer, memory)
+    assert row == counts.TableBytes(3 * width, SLOT_BYTES[rule], 4)
+    assert counts.table_bytes(TINY, optimizer, memory) == {
+        1: counts.TableBytes(60 * 3 * width, 60 * SLOT_BYTES[rule], 60 * 4)
+    }
+    # Heads of 11, 13, 17 and 19 rows in four pieces: 3 + 4 + 5 + 5 rows, padded to a multiple of 8.
+    owned = counts.table_bytes(TINY, optimizer, memory, devices=4)[1]
+    assert owned == counts.TableBytes(24 * 3 * width, 24 * SLOT_BYTES[rule], 24 * 4)
+    rule_of_rows = ROW_OPTIMIZERS[rule].create(optimizer, np.ones(1))
+    settings = {"row_dtype": dtype, "shards": 4}
+    store = MemoryStore.create(TINY.engram, TokenMap.identity(50), rule_of_rows, **settings)
+    assert store.num_bytes == 4 * owned.total
+
+
+def test_the_papers_tables_in_bytes():
+    run = build("engram_27b")
+    tables = counts.table_bytes(run.model, run.optimizer, run.memory)
+    # 80 numbers in float32, two moments of them, the step of the last update, the count of updates
+    assert tables[1] == counts.TableBytes(36_199_972 * 320, 36_199_972 * 644, 36_199_972 * 4)
+    assert sum(table.total for table in tables.values()) == 72_404_232 * 968 == 70_087_296_576
+    assert counts.table_bytes(build("moe_27b").model, run.optimizer, run.memory) == {}
+
+
+def test_exchange_by_hand():
+    # 2 layers x 16 rows; an id, 80 numbers here and 80 back
+    assert counts.exchange_bytes_per_token(build("engram_27b").model) == 2 * 16 * (4 + 320 + 320)
+    assert counts.exchange_bytes_per_token(build("moe_27b").model) == 0
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -150,3 +207,74 @@ def test_describe_prints_the_counts(name):
     assert f"{total.total:,}" in text and f"{total.active:,}" in text and f"{total.memory:,}" in text
     assert sum(total.groups.values()) == total.total
     assert f"{run.data.batch_size * run.data.seq_len * run.train.steps:,}" in text
+    assert ("bytes per parameter" in text) == run.model.engram.enabled
+
+
+def test_describe_prints_the_bytes_of_the_memory():
+    text = counts.describe(replace(build("engram_27b"), memory__row_dtype="bfloat16"))
+    assert "72,404,232  (bfloat16 [80], 808 bytes)" in text
+    assert "2 rows + 8.05 catch_up_adam + 0.05 uses = 10.1" in text
+    assert "11.58 GB + 46.63 GB + 289.6 MB = 58.5 GB" in text
+    assert "1: 58.5 GB, 8: 7.313 GB, 64: 914.1 MB, 512: 114.3 MB" in text
+    assert "20.61 kB" in text
+
+
+# --- docs/memory.md ---
+
+DOC = (Path(__file__).parent.parent / "docs" / "memory.md").read_text()
+V41 = EngramConfig(
+    engram_layer_ids=(1, 14),
+    engram_variant="deepseek_v41",
+    engram_max_ngram_size=4,
+    engram_head_dim=256,
+    engram_vocab_size=16_000_000,
+)
+SHAPES = {
+    "engram_tiny": build("engram_tiny").model,
+    "engram_small": build("engram_small").model,
+    "engram_27b": build("engram_27b").model,
+    "engram_40b": build("engram_40b").model,
+    "DeepSeek-V4.1's shape": ModelConfig(vocab_size=129_280, num_hidden_layers=15, engram=V41),
+}
+
+
+def scaled(number: float) -> str:
+    """Three digits: 70,087,296,576 -> 70.1 GB."""
+    power = next(p for p in (4, 3, 2, 1, 0) if number >= 1000**p)
+    value = number / 1000**power
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_docs_sizes(name):
+    model, rows = SHAPES[name], sum(counts.num_rows(SHAPES[name]).values())
+    tables = counts.table_bytes(model, OptimizerConfig(), MemoryConfig()).values()
+    on_64 = counts.table_bytes(model, OptimizerConfig(), MemoryConfig(), devices=64).values()
+    cells = [
+        f"`{name}`" if "_" in name else name,
+        f"{rows:,} x {model.engram.engram_head_dim}",
+        f"{rows * model.engram.engram_head_dim / 1e6:,.1f} M",
+        scaled(sum(table.rows for table in tables)),
+        scaled(sum(table.optimizer for table in tables)),
+        scaled(sum(table.total for table in tables)),
+        scaled(sum(table.total for table in on_64)),
+        f"{counts.exchange_bytes_per_token(model):,}",
+    ]
+    assert f"| {' | '.join(cells)} |\n" in DOC
+
+
+def test_the_docs_other_ways_to_store_v41():
+    rows = sum(counts.num_rows(SHAPES["DeepSeek-V4.1's shape"]).values())
+    row = counts.row_bytes(
+        SHAPES["DeepSeek-V4.1's shape"], OptimizerConfig(table_optimizer="sinkhorn"), MemoryConfig(row_dtype="bfloat16")
+    )
+    codes, scales = bytes_per_row(FrozenFP8(), 256, jnp.float8_e4m3fn)
+    assert f"{row.total:,} bytes a row, {scaled(rows * row.total)}" in DOC
+    assert f"{codes + scales} bytes a row, {scaled(rows * (codes + scales))}" in DOC
+
+
+@pytest.mark.parametrize("rule", ROW_OPTIMIZERS)
+def test_the_docs_bytes_of_the_rules(rule):
+    row = counts.row_bytes(build("engram_27b").model, OptimizerConfig(table_optimizer=rule), MemoryConfig())
+    line = next(line for line in DOC.splitlines() if line.startswith(f"| `{rule}` |"))
+    assert f"| {row.optimizer} | {row.optimizer / 80:.3g} |" in line

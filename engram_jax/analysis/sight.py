@@ -26,6 +26,7 @@ Legend: B batch, T seq, H rows per token, O orders, K heads per order, M residua
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +34,14 @@ from flax import nnx
 
 from engram_jax.analysis.gates import RecordingReader
 from engram_jax.memory import routing
+from engram_jax.memory.placements import Table
 from engram_jax.memory.routing import RowPlan
-from engram_jax.memory.store import Held, MemoryPlan, MemoryStore
+from engram_jax.memory.store import Held, MemoryPlan, MemoryRows, MemoryStore
 from engram_jax.memory.table import TableState
 from engram_jax.training.assembly import Parts
 from engram_jax.training.state import TrainState
 
+Batch = dict[str, jax.Array]  # int32 [B, T]: tokens, segment_ids, positions
 Metrics = dict[str, jax.Array]
 
 BUCKETS = {"0": (0, 0), "1_3": (1, 3), "4_15": (4, 15), "16_63": (16, 63), "64_up": (64, 2**31 - 1)}
@@ -52,9 +55,7 @@ def make_sight(parts: Parts) -> Callable[..., Metrics]:
     """
     store = parts.store
 
-    def sight(
-        state: TrainState, batch: dict[str, jax.Array], plan: MemoryPlan, held: Held | None = None
-    ) -> dict[str, jax.Array]:
+    def sight(state: TrainState, batch: Batch, plan: MemoryPlan, held: Held | None = None) -> Metrics:
         held = held or store.load(state.memory, plan)
         real_BT = batch["segment_ids"] != 0
         uses = routing.send_rows({layer: held[layer].uses[:, None] for layer in plan}, plan, store.transport)
@@ -109,9 +110,7 @@ def staleness(held: TableState, step: jax.Array) -> Metrics:
     return {"mean": jnp.nanmean(waited_U), "max": jnp.nanmax(waited_U)}
 
 
-def _gates(
-    parts: Parts, state: TrainState, batch: dict[str, jax.Array], rows: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
+def _gates(parts: Parts, state: TrainState, batch: Batch, rows: MemoryRows) -> dict[str, jax.Array]:
     """Each Engram layer's gates: [B, T, M]. What follows the last of them is dead code to the compiler."""
     model = parts.model(state.params, state.buffers)
     recorders = {layer: RecordingReader(reader) for layer, reader in model.engram.items()}
@@ -120,15 +119,15 @@ def _gates(
     return {layer: recorder.gate_btm[...] for layer, recorder in recorders.items()}
 
 
-def _hit_rate(store: MemoryStore, layer: str, table, plan: RowPlan) -> jax.Array:
+def _hit_rate(store: MemoryStore, layer: str, table: Table, plan: RowPlan) -> jax.Array:
     """The placement's rate, from each shard in proportion to the distinct rows it is asked for."""
-    axes = routing.mesh_axes()
+    axes, placement = routing.mesh_axes(), cast(Any, store.placement)
 
-    def local(table, owned_U: jax.Array) -> jax.Array:
-        asked = jnp.sum(owned_U < store.layouts[layer].rows_per_shard)
-        hits = jnp.where(asked > 0, store.placement.hit_rate(table, owned_U) * asked, 0.0)
-        total = jnp.stack([hits, asked.astype(jnp.float32)])
-        hits, asked = jax.lax.psum(total, axes) if axes else total
+    def local(table: Table, owned_U: jax.Array) -> jax.Array:
+        asked = jnp.sum(owned_U < store.layouts[layer].rows_per_shard, dtype=jnp.float32)
+        hits = jnp.where(asked > 0, placement.hit_rate(table, owned_U) * asked, 0.0)
+        if axes:
+            hits, asked = jax.lax.psum((hits, asked), axes)
         return hits / asked
 
     return routing.on_shards(local, (jax.P(axes), jax.P(axes)), jax.P())(table, plan.owned_U)

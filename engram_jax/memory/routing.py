@@ -130,6 +130,8 @@ def plan_rows(
     ids: int32 [B, T, H] per table, sharded over the batch. Without `capacities` nothing can overflow, at the cost of
     blocks as large as the batch. Raises `ConfigError` if the mesh or batch does not fit.
     """
+    if not ids:
+        return {}
     axes = mesh_axes()
     devices = 1 if not axes else jax.sharding.get_abstract_mesh().size
     for name, layout in layouts.items():

@@ -290,6 +290,36 @@ class MemoryStore:
             for layer, p in early_plan.items()
         }
 
+    def promote(self, state: MemoryState, plan: MemoryPlan) -> MemoryState:
+        """The state with rows that the plan reads moved to the fast tier, as the placement sees fit: the same values.
+
+        Only a placement that has tiers can. Donate the state, and tell jit where the tables lie (`at_rest`).
+        """
+        tables = {
+            layer: self._on_shards(self.placement.promote, state.tables[layer], p.owned_U)  # type: ignore[attr-defined]
+            for layer, p in plan.items()
+        }
+        return MemoryState(tables, state.rows_used)
+
+    def hit_rate(self, state: MemoryState, plan: MemoryPlan) -> dict[str, jax.Array]:
+        """By layer, the share of the distinct rows owners must read that lie in the fast tier: float32 scalars.
+
+        NaN if no lookup is a row. Only a placement that has tiers can say.
+        """
+        axes = routing.mesh_axes()
+
+        def one_table(layer: str) -> Callable:
+            def local(table: Table, owned_U: jax.Array) -> jax.Array:
+                asked = jnp.sum(owned_U < self.layouts[layer].rows_per_shard, dtype=jnp.float32)
+                hits = jnp.where(asked > 0, self.placement.hit_rate(table, owned_U) * asked, 0.0)  # type: ignore[attr-defined]
+                if axes:
+                    hits, asked = jax.lax.psum((hits, asked), axes)
+                return hits / asked
+
+            return on_shards(local, jax.P(axes), jax.P())
+
+        return {layer: one_table(layer)(state.tables[layer], p.owned_U) for layer, p in plan.items()}
+
     def _update_tables(
         self, state: MemoryState, plan: MemoryPlan, grads: Mapping[str, jax.Array], step: jax.Array | int
     ) -> MemoryState:
@@ -327,17 +357,28 @@ class MemoryStore:
         return stochastic_round(rows_UD, row_noise(key, self._logical(layer, local_U), rows_UD.shape[-1]))
 
     def _count_new(self, state: MemoryState, plan: MemoryPlan, uses: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        axes = routing.mesh_axes()
+        owned = {layer: p.owned_U for layer, p in plan.items()}
+        return self._counter({layer: state.rows_used[layer] for layer in plan}, owned, dict(uses))
 
-        def new_rows(layer: str) -> Callable:
-            def local(uses_U: jax.Array, owned_U: jax.Array) -> jax.Array:
+    @cached_property
+    def _counter(self) -> Callable[..., dict[str, jax.Array]]:
+        """Rows used so far and those that this update was the first to touch. Compiled once, for use outside jit."""
+
+        def count(rows_used: dict[str, jax.Array], owned: dict[str, jax.Array], uses: dict[str, jax.Array]) -> dict:
+            axes = routing.mesh_axes()
+
+            def new_rows(uses_U: jax.Array, owned_U: jax.Array, layer: str) -> jax.Array:
                 is_new_U = (uses_U == 1) & (owned_U < self.layouts[layer].rows_per_shard)
-                count = jnp.sum(is_new_U, dtype=jnp.int32)
-                return jax.lax.psum(count, axes) if axes else count
+                number = jnp.sum(is_new_U, dtype=jnp.int32)
+                return jax.lax.psum(number, axes) if axes else number
 
-            return on_shards(local, jax.P(axes), jax.P())
+            return {
+                layer: rows_used[layer]
+                + on_shards(partial(new_rows, layer=layer), jax.P(axes), jax.P())(uses[layer], owned[layer])
+                for layer in owned
+            }
 
-        return {layer: state.rows_used[layer] + new_rows(layer)(uses[layer], p.owned_U) for layer, p in plan.items()}
+        return jax.jit(count)
 
     # --- whole tables ---
 

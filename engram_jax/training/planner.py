@@ -31,13 +31,14 @@ class Planner:
     def __init__(self, store: MemoryStore, log: Callable[[str], None] = print):
         self._store, self._log = store, log
         self._capacities: dict[str, Capacity] | None = None
-        self._tuned = store.shards == 1  # one device exchanges nothing
+        self._exchanges = store.shards > 1 and bool(store.layers)  # one device knows its places beforehand
+        self._tuned = False
         self._plan = jax.jit(self._plan_tokens, static_argnums=2)
         self.replanned = 0
 
     def start(self, batch: Batch) -> MemoryPlan:
         store, tokens = self._store, batch["tokens"]
-        if store.shards > 1 and self._capacities is None:
+        if self._exchanges and self._capacities is None:
             lookups = tokens.size // store.shards * store.config.num_rows_per_token
             even = Capacity(-(-lookups // store.shards), lookups)
             self._capacities = {layer: self._grown(layer, even) for layer in store.layers}
@@ -50,7 +51,7 @@ class Planner:
         Raises:
           RunError: an id is no row of its table, or was damaged on its way.
         """
-        if self._store.shards == 1:
+        if not self._exchanges:
             return plan
         capacities = self._capacities
         assert capacities is not None

@@ -73,7 +73,8 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
         next_plan: MemoryPlan | None = None,
     ) -> tuple[TrainState, Metrics, Held | None]:
         early = store.load(state.memory, next_plan) if next_plan is not None else None
-        held = held or store.load(state.memory, plan)
+        # The barrier keeps what follows the same program, and so the same bits, however the rows were read.
+        held = jax.lax.optimization_barrier(held or store.load(state.memory, plan))
         rows = store.rows(held, plan, state.step)
         (cross_entropy, stats), (grads, row_grads) = gradients(state.params, rows, state.buffers, batch)
         row_grads = store.reduce(plan, row_grads)

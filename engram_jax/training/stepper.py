@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import jax
 
-from engram_jax.memory.store import Held, MemoryPlan
+from engram_jax.memory.store import Held, MemoryPlan, MemoryState
 from engram_jax.training.assembly import Parts
 from engram_jax.training.planner import Batch, PlannedBatches, Planner
 from engram_jax.training.state import TrainState
@@ -27,7 +27,9 @@ class Stepper:
         self._held: Held | None = None
         self._promote = None
         if hasattr(parts.store.placement, "promote") and settings.promote_every:
-            self._promote = jax.jit(parts.store.promote, donate_argnums=0)
+            tables = {layer: parts.store.at_rest(layer) for layer in parts.store.layers}
+            at_rest = MemoryState(tables, None)  # type: ignore[arg-type]
+            self._promote = jax.jit(parts.store.promote, donate_argnums=0, out_shardings=at_rest)
         self._promote_every = settings.promote_every
         self._outside = None
         if not parts.store.placement.in_program:

@@ -23,8 +23,9 @@ from experiments.run import field_paths
 
 
 def numbers(folder):
-    """Every line of metrics.jsonl without the one number that is not the model's."""
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in read_metrics(folder)]
+    """Every line of metrics.jsonl but for the speed and the room that the exchange was given: the session's numbers."""
+    own = ("tokens_per_second", "memory/exchange_mb")
+    return [{k: v for k, v in line.items() if not k.startswith(own)} for line in read_metrics(folder)]
 
 
 def assert_same_end(result, straight):

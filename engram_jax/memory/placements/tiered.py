@@ -1,0 +1,209 @@
+"""Tables in two tiers: the rows used most in device memory, every row in host memory.
+
+The host's copy of a hot row is stale for as long as the row is hot. Rows that a batch finds hot never leave the device;
+the others are listed and cross in rounds of M places, as many as it takes, so what crosses is in proportion to them.
+The first round stands outside the loop: a loop holds the device until it ends, a single transfer does not.
+
+Values are those of a table on the device, bit for bit, whichever rows are hot. `promote` exchanges hot rows against
+colder ones of a batch between steps; it moves rows and never changes them.
+
+Legend: R local rows of a shard, K of them hot, U rows of a batch, M places of a round, L places of whole rounds, E rows
+that an exchange may move.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from engram_jax.config import ConfigError, MemoryConfig
+from engram_jax.memory.placements.device import DevicePlacement
+from engram_jax.memory.placements.host import HostPlacement, HostTable
+from engram_jax.memory.routing import stable_sort
+from engram_jax.memory.table import TableState
+
+ROUNDS = 8
+"""Rounds in which a batch crosses if none of its rows is hot."""
+ROUND_ROWS = 512
+"""Places of a round, at least."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TieredTable:
+    """hot: [K, ...] in device memory, as `DevicePlacement` keeps it, in no order.
+
+    hot_ids: int32 [K], the local rows that are hot, ascending; hot_places: int32 [K], where each of them lies in `hot`.
+    tail: all R rows in host memory.
+    """
+
+    hot: TableState
+    hot_ids: jax.Array
+    hot_places: jax.Array
+    tail: HostTable
+
+
+@dataclass(frozen=True)
+class TieredPlacement:
+    hot_share: float
+    """Of a shard's rows, in (0, 1]."""
+    device: DevicePlacement
+    host: HostPlacement
+    in_program: bool = field(default=True, init=False)
+
+    @classmethod
+    def create(cls, config: MemoryConfig, platform: str) -> TieredPlacement:
+        return cls(config.hot_rows, DevicePlacement.create(config, platform), HostPlacement.create(config, platform))
+
+    def at_rest(self, mesh: Mesh, table: TieredTable) -> TieredTable:
+        return TieredTable(None, None, None, self.host.at_rest(mesh, table.tail))  # type: ignore[arg-type]
+
+    def check_room(self, shard_bytes: int, shards_here: int) -> None:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        needed = self.hot_share * shard_bytes
+        if limit is not None and needed > limit:
+            raise ConfigError(
+                f"memory.hot_rows={self.hot_share} of the tables need {needed / 1e9:.1f} GB on each device, which has "
+                f"{limit / 1e9:.1f} GB: lower it, choose memory.placement=host, or use more devices."
+            )
+        self.host.check_room(shard_bytes, shards_here)
+
+    def allocate(self, num_rows: int, like: TableState) -> TieredTable:
+        """Zeros; the first rows are hot, for want of anything better to go by."""
+        first_K = jnp.arange(self.num_hot(num_rows), dtype=jnp.int32)
+        hot = self.device.allocate(len(first_K), like)
+        return TieredTable(hot, first_K, first_K, self.host.allocate(num_rows, like))
+
+    def num_hot(self, num_rows: int) -> int:
+        """K: hot rows among `num_rows` local ones."""
+        return min(math.ceil(self.hot_share * num_rows), num_rows)
+
+    def take(self, table: TieredTable, ids_U: jax.Array) -> TableState:
+        found = _find(table, ids_U)
+        batch = jax.tree.map(lambda x: x[found.rank_U], self.device.take(table.hot, found.place_U))
+
+        def one_round(batch: TableState, ids_M: jax.Array, at_M: jax.Array) -> TableState:
+            cold = self.host.take(table.tail, ids_M)
+            return jax.tree.map(lambda x, new: x.at[at_M].set(new, mode="drop", **_SORTED), batch, cold)
+
+        return _in_rounds(one_round, batch, found)
+
+    def put(self, table: TieredTable, ids_U: jax.Array, batch: TableState) -> TieredTable:
+        found = _find(table, ids_U)
+        hot = self.device.put(table.hot, found.place_U, jax.tree.map(lambda x: x[found.order_U], batch))
+
+        def one_round(tail: HostTable, ids_M: jax.Array, at_M: jax.Array) -> HostTable:
+            cold = jax.tree.map(lambda x: x.at[at_M].get(mode="clip", indices_are_sorted=True), batch)
+            return self.host.put(tail, ids_M, cold)
+
+        return TieredTable(hot, table.hot_ids, table.hot_places, _in_rounds(one_round, table.tail, found))
+
+    def promote(self, table: TieredTable, ids_U: jax.Array) -> TieredTable:
+        """The table with the batch's cold rows in place of hot rows that were used less; the same rows by value.
+
+        The cold rows used most are paired with the hot rows used least, and a pair is exchanged if the cold one was
+        used more. Call it when the batch's update is saved, so that its uses count, and with the table donated.
+        """
+        num_rows, num_hot = len(table.tail.bits.uses), len(table.hot_ids)
+        size, rounds = _rounds(min(len(ids_U), num_hot))
+        count = min(size * rounds, len(ids_U), num_hot) // size * size  # E, in whole rounds
+        most_E, cold_E = lax.top_k(self._cold_uses(table, ids_U), count)
+        least_E, place_E = lax.top_k(-table.hot.uses, count)
+        better_E = most_E > -least_E
+        beyond_E = jnp.arange(count, dtype=jnp.int32)
+        # Who takes whose place is of no importance, so both lists may ascend.
+        up_E = jnp.sort(jnp.where(better_E, ids_U[cold_E], num_rows + beyond_E))
+        place_E = jnp.sort(jnp.where(better_E, place_E, num_hot + beyond_E))
+        id_of_place_K = jnp.zeros_like(table.hot_ids).at[table.hot_places].set(table.hot_ids, unique_indices=True)
+        down_E = jnp.where(place_E < num_hot, id_of_place_K.at[place_E].get(mode="clip"), num_rows + beyond_E)
+
+        def one_round(i: jax.Array, tiers: tuple[TableState, HostTable]) -> tuple[TableState, HostTable]:
+            hot, tail = tiers
+            up_M, place_M, down_M = (lax.dynamic_slice_in_dim(x, i * size, size) for x in (up_E, place_E, down_E))
+            down_M, order_M = stable_sort(down_M)
+            demoted = jax.tree.map(lambda x: x[order_M], self.device.take(hot, place_M))
+            # Without the barrier nothing says that the tail is read before it is written, and XLA would copy it.
+            promoted, demoted = lax.optimization_barrier((self.host.take(tail, up_M), demoted))
+            return self.device.put(hot, place_M, promoted), self.host.put(tail, down_M, demoted)
+
+        pairs = jnp.sum(better_E, dtype=jnp.int32)
+        hot, tail = lax.fori_loop(0, -(-pairs // size), one_round, (table.hot, table.tail))
+        id_of_place_K = id_of_place_K.at[place_E].set(up_E, mode="drop", **_SORTED)
+        return TieredTable(hot, *stable_sort(id_of_place_K), tail)
+
+    def hit_rate(self, table: TieredTable, ids_U: jax.Array) -> jax.Array:
+        """Share of the rows that are hot: float32 scalar, NaN where no id is a row."""
+        is_row_U = ids_U < len(table.tail.bits.uses)
+        return jnp.sum(_is_hot(table, ids_U)[0], dtype=jnp.float32) / jnp.sum(is_row_U, dtype=jnp.float32)
+
+    def _cold_uses(self, table: TieredTable, ids_U: jax.Array) -> jax.Array:
+        """Updates that touched each row: int32 [U], -1 for rows that are hot and ids that are no rows."""
+        uses_R = table.tail.bits.uses
+        counts = HostTable(TableState(uses_R, {}, uses_R), (str(uses_R.dtype),) * 2)  # nothing else is read
+        uses_U = self.host.take(counts, ids_U).uses
+        return jnp.where(_is_hot(table, ids_U)[0] | (ids_U >= len(uses_R)), -1, uses_U)
+
+
+_SORTED: Any = {"indices_are_sorted": True, "unique_indices": True}
+
+
+class _Found(NamedTuple):
+    """Where the rows of a batch lie. All int32; the lists of places ascend, and run beyond the array where unused."""
+
+    place_U: jax.Array
+    """Places in `hot`."""
+    order_U: jax.Array
+    """The row of the batch that has each of these places."""
+    rank_U: jax.Array
+    """The inverse of `order_U`."""
+    cold_L: jax.Array
+    """Ids of the rows that are not hot."""
+    at_L: jax.Array
+    """The row of the batch that each of them is."""
+    cold: jax.Array
+    """How many there are: a scalar."""
+
+
+def _is_hot(table: TieredTable, ids_U: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether each row is hot, and its place in `hot` if so."""
+    at_U = jnp.minimum(jnp.searchsorted(table.hot_ids, ids_U), len(table.hot_ids) - 1)
+    return table.hot_ids[at_U] == ids_U, table.hot_places[at_U]
+
+
+def _find(table: TieredTable, ids_U: jax.Array) -> _Found:
+    num_rows, num_hot, count = len(table.tail.bits.uses), len(table.hot_ids), len(ids_U)
+    batch_U = jnp.arange(count, dtype=jnp.int32)
+    is_hot_U, place_U = _is_hot(table, ids_U)
+    place_U, order_U = stable_sort(jnp.where(is_hot_U, place_U, num_hot + batch_U))
+    rank_U = jnp.zeros_like(order_U).at[order_U].set(batch_U, unique_indices=True)
+    is_cold_U = ~is_hot_U & (ids_U < num_rows)
+    size, rounds = _rounds(count)
+    unused_L = jnp.arange(size * rounds, dtype=jnp.int32)
+    to_U = jnp.where(is_cold_U, jnp.cumsum(is_cold_U, dtype=jnp.int32) - 1, len(unused_L))
+    cold_L = (num_rows + unused_L).at[to_U].set(ids_U, mode="drop")
+    at_L = (count + unused_L).at[to_U].set(batch_U, mode="drop")
+    return _Found(place_U, order_U, rank_U, cold_L, at_L, jnp.sum(is_cold_U, dtype=jnp.int32))
+
+
+def _rounds(count: int) -> tuple[int, int]:
+    """M, and the rounds that `count` rows take."""
+    size = min(count, max(ROUND_ROWS, -(-count // ROUNDS)))
+    return size, -(-count // size)
+
+
+def _in_rounds(one_round: Callable[..., Any], carry: Any, found: _Found) -> Any:
+    """`carry = one_round(carry, ids_M, at_M)` for as many rounds as there are cold rows, and at least for one."""
+    size, _ = _rounds(len(found.rank_U))
+
+    def part(i: jax.Array | int, carry: Any) -> Any:
+        ids_M, at_M = (lax.dynamic_slice_in_dim(x, i * size, size) for x in (found.cold_L, found.at_L))
+        return one_round(carry, ids_M, at_M)
+
+    return lax.fori_loop(1, -(-found.cold // size), part, part(0, carry))
