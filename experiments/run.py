@@ -1,7 +1,7 @@
 """Trains runs by name:  python -m experiments.run NAME [NAME ...] [--field value ...]
 
   --list                 all runs, one line each
-  NAME --print           the resolved config and its counts, then stop
+  NAME --print           the resolved config, its parameters, FLOPs and bytes, then stop
   NAME --help            every field that can be overridden, with its default
   NAME --run_dir DIR     where checkpoints and metrics go (default runs/NAME); the same command again resumes
   NAME --train.steps 50  overrides a field; tuples are written 1 4, booleans True or False
@@ -34,7 +34,7 @@ from experiments.registry import RUNS, build, nearest
 class Options:
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")]
     print: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show the resolved config and its counts, and stop."""
+    """Show the resolved config, its parameters, FLOPs and bytes, and stop."""
     run_dir: Path | None = None
     """Where checkpoints and metrics go. Several runs: the folder that holds one folder each."""
 

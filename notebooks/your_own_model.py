@@ -62,7 +62,7 @@ print(jax.devices())
 
 # %%
 steps = int(os.environ.get("ENGRAM_NB_STEPS", 300))
-batch_size, seq_len = 16, 256
+batch_size, seq_len = 16, 128
 
 files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
 held_out = np.frombuffer(b"".join(file.read_bytes() for file in files[::10]), np.uint8)

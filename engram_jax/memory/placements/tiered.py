@@ -8,7 +8,7 @@ Values are those of a table on the device, bit for bit, whichever rows are hot. 
 colder ones of a batch between steps; it moves rows and never changes them.
 
 Legend: R local rows of a shard, K of them hot, U rows of a batch, M places of a round, L places of whole rounds, E rows
-that an exchange may move.
+that an exchange may move, in whole rounds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engram_jax.config import ConfigError, MemoryConfig
 from engram_jax.memory.placements.device import DevicePlacement
 from engram_jax.memory.placements.host import HostPlacement, HostTable
 from engram_jax.memory.routing import stable_sort
-from engram_jax.memory.table import TableState
+from engram_jax.memory.table import ROW_MULTIPLE, TableState
 
 ROUNDS = 8
 """Rounds in which a batch crosses if none of its rows is hot."""
@@ -82,27 +82,31 @@ class TieredPlacement:
         return TieredTable(hot, first_K, first_K, self.host.allocate(num_rows, like))
 
     def num_hot(self, num_rows: int) -> int:
-        """K: hot rows among `num_rows` local ones."""
-        return min(math.ceil(self.hot_share * num_rows), num_rows)
+        """K: hot rows among `num_rows` local ones, a multiple of `ROW_MULTIPLE` if not all of them."""
+        return min(math.ceil(self.hot_share * num_rows / ROW_MULTIPLE) * ROW_MULTIPLE, num_rows)
 
     def take(self, table: TieredTable, ids_U: jax.Array) -> TableState:
         found = _find(table, ids_U)
         batch = jax.tree.map(lambda x: x[found.rank_U], self.device.take(table.hot, found.place_U))
 
-        def one_round(batch: TableState, ids_M: jax.Array, at_M: jax.Array) -> TableState:
+        def one_round(i: jax.Array | int, batch: TableState) -> TableState:
+            ids_M, at_M = _part(found, i)
             cold = self.host.take(table.tail, ids_M)
             return jax.tree.map(lambda x, new: x.at[at_M].set(new, mode="drop", **_SORTED), batch, cold)
 
-        return _in_rounds(one_round, batch, found)
+        # The first round stands outside: a loop holds the device until it ends, a single transfer does not.
+        return _in_rounds(one_round, one_round(0, batch), found, first=1)
 
     def put(self, table: TieredTable, ids_U: jax.Array, batch: TableState) -> TieredTable:
         found = _find(table, ids_U)
         hot = self.device.put(table.hot, found.place_U, jax.tree.map(lambda x: x[found.order_U], batch))
 
-        def one_round(tail: HostTable, ids_M: jax.Array, at_M: jax.Array) -> HostTable:
+        def one_round(i: jax.Array, tail: HostTable) -> HostTable:
+            ids_M, at_M = _part(found, i)
             cold = jax.tree.map(lambda x: x.at[at_M].get(mode="clip", indices_are_sorted=True), batch)
             return self.host.put(tail, ids_M, cold)
 
+        # All rounds in the loop: with one outside, XLA for TPUs takes the whole table to the device.
         return TieredTable(hot, table.hot_ids, table.hot_places, _in_rounds(one_round, table.tail, found))
 
     def promote(self, table: TieredTable, ids_U: jax.Array) -> TieredTable:
@@ -112,12 +116,13 @@ class TieredPlacement:
         used more. Call it when the batch's update is saved, so that its uses count, and with the table donated.
         """
         num_rows, num_hot = len(table.tail.bits.uses), len(table.hot_ids)
-        size, rounds = _rounds(min(len(ids_U), num_hot))
-        count = min(size * rounds, len(ids_U), num_hot) // size * size  # E, in whole rounds
+        count = min(len(ids_U), num_hot)
+        size, rounds = _rounds(count)
         most_E, cold_E = lax.top_k(self._cold_uses(table, ids_U), count)
         least_E, place_E = lax.top_k(-table.hot.uses, count)
-        better_E = most_E > -least_E
-        beyond_E = jnp.arange(count, dtype=jnp.int32)
+        pairs = (most_E > -least_E, cold_E, place_E)
+        better_E, cold_E, place_E = (jnp.pad(x, (0, size * rounds - count)) for x in pairs)
+        beyond_E = jnp.arange(size * rounds, dtype=jnp.int32)
         # Who takes whose place is of no importance, so both lists may ascend.
         up_E = jnp.sort(jnp.where(better_E, ids_U[cold_E], num_rows + beyond_E))
         place_E = jnp.sort(jnp.where(better_E, place_E, num_hot + beyond_E))
@@ -133,8 +138,8 @@ class TieredPlacement:
             promoted, demoted = lax.optimization_barrier((self.host.take(tail, up_M), demoted))
             return self.device.put(hot, place_M, promoted), self.host.put(tail, down_M, demoted)
 
-        pairs = jnp.sum(better_E, dtype=jnp.int32)
-        hot, tail = lax.fori_loop(0, -(-pairs // size), one_round, (table.hot, table.tail))
+        exchanges = jnp.sum(better_E, dtype=jnp.int32)
+        hot, tail = lax.fori_loop(0, -(-exchanges // size), one_round, (table.hot, table.tail))
         id_of_place_K = id_of_place_K.at[place_E].set(up_E, mode="drop", **_SORTED)
         return TieredTable(hot, *stable_sort(id_of_place_K), tail)
 
@@ -198,12 +203,12 @@ def _rounds(count: int) -> tuple[int, int]:
     return size, -(-count // size)
 
 
-def _in_rounds(one_round: Callable[..., Any], carry: Any, found: _Found) -> Any:
-    """`carry = one_round(carry, ids_M, at_M)` for as many rounds as there are cold rows, and at least for one."""
+def _in_rounds(one_round: Callable[..., Any], carry: Any, found: _Found, first: int = 0) -> Any:
+    """`carry = one_round(i, carry)` from round `first` on, for as many rounds as the cold rows take."""
+    return lax.fori_loop(first, -(-found.cold // _rounds(len(found.rank_U))[0]), one_round, carry)
+
+
+def _part(found: _Found, i: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """Round i of the cold rows: their ids and what rows of the batch they are, [M] both."""
     size, _ = _rounds(len(found.rank_U))
-
-    def part(i: jax.Array | int, carry: Any) -> Any:
-        ids_M, at_M = (lax.dynamic_slice_in_dim(x, i * size, size) for x in (found.cold_L, found.at_L))
-        return one_round(carry, ids_M, at_M)
-
-    return lax.fori_loop(1, -(-found.cold // size), part, part(0, carry))
+    return tuple(lax.dynamic_slice_in_dim(x, i * size, size) for x in (found.cold_L, found.at_L))  # type: ignore[return-value]
