@@ -260,7 +260,7 @@ def deduplication(options: Options, mesh: Any, place: Callable[[Any], Any]) -> N
 
     from engram_jax.config import DataConfig
     from engram_jax.data.loader import load_data
-    from engram_jax.memory import routing
+    from engram_jax.memory.plan import requests
 
     text = load_data(DataConfig(corpus=options.corpus), 4096, log=lambda _: None)
     stream = text.train.stream.tokens
@@ -268,8 +268,8 @@ def deduplication(options: Options, mesh: Any, place: Callable[[Any], Any]) -> N
     for sequences, length in ((mesh.size, 512), (4 * mesh.size, 512), (4 * mesh.size, 4096)):
         tokens = np.asarray(stream[: sequences * length], np.int32).reshape(sequences, length)
         plan = store.plan(place(tokens))["0"]
-        asked = int(routing.requests(plan)) / plan.ids_BTH.size
-        busiest = int(plan.need.pair) * mesh.size**2 / max(int(routing.requests(plan)), 1)
+        asked = int(requests(plan)) / plan.ids_BTH.size
+        busiest = int(plan.need.pair) * mesh.size**2 / max(int(requests(plan)), 1)
         uneven = f"; the fullest block is {busiest:.2f} x the mean" if mesh.size > 1 else ""
         print(f"  {sequences // mesh.size} x {length} tokens a device: {asked:.1%} of the lookups are distinct{uneven}")
 

@@ -61,7 +61,7 @@ print(jax.devices())
 # The source code of Python's standard library, as bytes: 256 tokens and no tokenizer. Every tenth file is held out.
 
 # %%
-steps = int(os.environ.get("ENGRAM_NB_STEPS", 300))
+steps = int(os.environ.get("ENGRAM_NB_STEPS", 200))
 batch_size, seq_len = 16, 128
 
 files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))

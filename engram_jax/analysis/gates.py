@@ -16,22 +16,10 @@ from matplotlib.figure import Figure
 from engram_jax.config import require
 from engram_jax.data.tokenizer import Tokenizer
 from engram_jax.inference.sampling import LENGTH_MULTIPLE, one_document
-from engram_jax.layers.engram import EngramReader
+from engram_jax.layers.engram import RecordingReader
 from engram_jax.sharding import spec
 from engram_jax.training.assembly import Parts
 from engram_jax.training.state import TrainState
-
-
-class RecordingReader(nnx.Module):
-    """A reader that keeps the gates of its last call; it takes the place of the reader in a model."""
-
-    def __init__(self, reader: EngramReader):
-        self.reader = reader
-
-    def __call__(self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        update_BTMD, gate_BTM = self.reader.read(x_BTMD, rows_BTHd, segment_ids_BT)
-        self.gate_btm = nnx.Intermediate(gate_BTM)
-        return update_BTMD
 
 
 def token_gates(

@@ -253,3 +253,15 @@ class EngramReader(nnx.Module):
             engram.engram_conv_norm_eps,
         )
         return update_BTMD.astype(dtype), gate_BTM
+
+
+class RecordingReader(nnx.Module):
+    """A reader that keeps the gates of its last call; it takes the place of the reader in a model."""
+
+    def __init__(self, reader: EngramReader):
+        self.reader = reader
+
+    def __call__(self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        update_BTMD, gate_BTM = self.reader.read(x_BTMD, rows_BTHd, segment_ids_BT)
+        self.gate_btm = nnx.Intermediate(gate_BTM)
+        return update_BTMD

@@ -19,7 +19,6 @@ block, K = S * C; U rows an owner's list holds (unused ones at the end); D row w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -27,54 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import require
+from engram_jax.memory.plan import Capacity, Routes, RowPlan
 from engram_jax.memory.table import TableLayout
 from engram_jax.memory.transports import TRANSPORTS, Axes
-
-
-class Capacity(NamedTuple):
-    """Places of the static shapes: C per pair of devices, U per owner."""
-
-    pair: int
-    owner: int
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class RowPlan:
-    """Which rows a batch reads in one Engram layer. A pure function of its tokens; int32 throughout.
-
-    In global view every array but `ids_BTH` and the counts is device-major: [S * size], each device its own part.
-    """
-
-    ids_BTH: jax.Array
-    """Logical rows of the layer's table."""
-    slot_N: jax.Array
-    """For each lookup its place among the requests (K), or among the owner's rows where nothing is exchanged."""
-    order_N: jax.Array
-    """The lookups in ascending order of their slots."""
-    owned_U: jax.Array
-    """The distinct local rows this owner must read, ascending; unused places lie beyond the shard."""
-    routes: Routes | None
-    """None on one device."""
-    need: Capacity
-    """The largest block and list that any device has use for: two scalars."""
-    faults: jax.Array
-    """[2]: the first lookup whose id is no row of its head (flat index in B, T, H; -1: none), and how many requests
-    arrived damaged."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Routes:
-    place_K: jax.Array
-    """At the owner: for each arrived request its row in `owned_U`; U where nothing arrived."""
-    order_K: jax.Array
-    """The arrived requests in ascending order of their rows, askers in their order within a row."""
-    asked_S: jax.Array
-    """Requests this device sends to each owner."""
-    arrived_S: jax.Array
-    """Requests that arrived here from each asker."""
-
 
 # --- planning ---
 
@@ -96,27 +50,6 @@ def safe_capacity(layout: TableLayout, lookups: int) -> Capacity:
     """Room for any batch of `lookups` per device: every pair's block as large as if all asked one owner."""
     pair = min(lookups, layout.rows_per_shard)
     return Capacity(pair, min(layout.shards * pair, layout.rows_per_shard) if layout.shards > 1 else lookups)
-
-
-def capacity(plan: RowPlan) -> Capacity:
-    """The places a plan was made with."""
-    if plan.routes is None:
-        return Capacity(0, len(plan.owned_U))
-    shards = jax.typeof(plan.routes.place_K).sharding.mesh.size
-    return Capacity(len(plan.routes.place_K) // shards**2, len(plan.owned_U) // shards)
-
-
-def requests(plan: RowPlan) -> jax.Array:
-    """Distinct rows that the devices ask for, all askers together: int32 scalar."""
-    return plan.need.owner if plan.routes is None else jnp.sum(plan.routes.asked_S)  # type: ignore[return-value]
-
-
-def overflow(plan: RowPlan) -> jax.Array:
-    """Places by which the fullest block or list exceeds its capacity: int32 scalar, 0 for a plan that may be used."""
-    if plan.routes is None:
-        return jnp.zeros((), jnp.int32)
-    given = capacity(plan)
-    return jnp.maximum(jnp.maximum(plan.need.pair - given.pair, plan.need.owner - given.owner), 0)
 
 
 def plan_rows(

@@ -28,14 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import EngramConfig, require
-from engram_jax.memory import outside, routing
+from engram_jax.memory import chunks, outside, routing
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.hashing import HashConstants, canonicalize, hash_constants, ngram_row_ids
 from engram_jax.memory.placements import DevicePlacement, Placement, Table
+from engram_jax.memory.plan import Capacity, RowPlan
 from engram_jax.memory.rounding import row_noise, stochastic_round
-from engram_jax.memory.routing import Capacity, RowPlan, on_shards
+from engram_jax.memory.routing import on_shards
 from engram_jax.memory.row_optimizers import RowOptimizer
-from engram_jax.memory.table import RowInit, TableLayout, TableState
+from engram_jax.memory.table import TableLayout, TableState
 
 MemoryPlan = dict[str, RowPlan]
 MemoryRows = dict[str, jax.Array]
@@ -43,8 +44,6 @@ Held = dict[str, TableState]
 """Rows of one batch with all that is kept for them, at their owners: by layer, [S * U, ...]."""
 
 ON_DEVICE = DevicePlacement()
-CHUNK_ROWS = 65_536
-"""Local rows that are made, saved or restored at a time."""
 
 
 @jax.tree_util.register_dataclass
@@ -117,28 +116,11 @@ class MemoryStore:
 
         A row's first value is a function of the key, its layer and its logical id: the same on every mesh.
         """
-        first_rows = jax.jit(self.first_rows, static_argnames=("layer", "count"))
-        tables = self.allocate()
-        for layer in self.layers:
-            write = self.chunk_writer(layer)
-            rows, layer_key = self.layouts[layer].rows_per_shard, jax.random.fold_in(key, int(layer))
-            count = min(CHUNK_ROWS, rows)
-            for start in range(0, rows, count):
-                chunk = first_rows(layer_key, jnp.int32(start), layer, count)
-                tables[layer] = write(tables[layer], start, chunk)
-        return MemoryState(tables, self.none_used())
+        return MemoryState(chunks.new_tables(self, key), self.none_used())
 
-    def first_rows(self, key: jax.Array, start: jax.Array, layer: str, count: int) -> TableState:
-        """New local rows start .. start + count of every shard: [S * count, ...], zero where there is no row."""
-        make = RowInit(self.config.engram_head_dim, self.init_std, self.row_dtype)
-
-        def local(key: jax.Array, start: jax.Array) -> TableState:
-            logical_U = self._logical(layer, start + jnp.arange(count, dtype=jnp.int32))
-            rows_UD = make(key, logical_U)
-            rows_UD = jnp.where(logical_U[:, None] < self.num_rows(layer), rows_UD, jnp.zeros_like(rows_UD))
-            return self._new_rows(rows_UD)
-
-        return self._on_shards(local, key, start)
+    def materialize(self, state: MemoryState, step: jax.Array | int) -> Mapping[str, jax.Array | np.ndarray]:
+        """Every row as it stands after `step` updates, in logical order: float32 [num_rows, head_dim] per layer."""
+        return chunks.logical_tables(self, state, step)
 
     def allocate(self) -> dict[str, Table]:
         """Tables of zeros."""
@@ -174,9 +156,9 @@ class MemoryStore:
     def row_shapes(self) -> TableState:
         """Shapes and dtypes of one row and what is kept for it: [1, ...]."""
         rows = jax.ShapeDtypeStruct((1, self.config.engram_head_dim), self.row_dtype)
-        return jax.eval_shape(self._new_rows, rows)
+        return jax.eval_shape(self.new_rows, rows)
 
-    def _new_rows(self, rows_UD: jax.Array) -> TableState:
+    def new_rows(self, rows_UD: jax.Array) -> TableState:
         return TableState(rows_UD, self.optimizer.init(rows_UD), jnp.zeros(rows_UD.shape[:1], jnp.int32))
 
     # --- addressing ---
@@ -213,7 +195,7 @@ class MemoryStore:
         if not self.placement.in_program:
             return outside.load(self, state.tables, plan)
         return {
-            layer: self._on_shards(self.placement.take, state.tables[layer], row_plan.owned_U)
+            layer: self.on_shards(self.placement.take, state.tables[layer], row_plan.owned_U)
             for layer, row_plan in plan.items()
         }
 
@@ -223,7 +205,7 @@ class MemoryStore:
         def read(held: TableState, step: jax.Array) -> jax.Array:
             return self.optimizer.read(held.rows, held.slots, step)[0]
 
-        owned = {layer: self._on_shards(read, held[layer], _int(step)) for layer in plan}
+        owned = {layer: self.on_shards(read, held[layer], _int(step)) for layer in plan}
         return routing.send_rows(owned, plan, self.transport)
 
     def reduce(self, plan: MemoryPlan, row_grads: MemoryRows) -> dict[str, jax.Array]:
@@ -262,7 +244,7 @@ class MemoryStore:
             return local
 
         return {
-            layer: self._on_shards(one_table(layer), held[layer], p.owned_U, grads[layer], _int(step))
+            layer: self.on_shards(one_table(layer), held[layer], p.owned_U, grads[layer], _int(step))
             for layer, p in plan.items()
         }
 
@@ -270,7 +252,7 @@ class MemoryStore:
         """The state with these rows written back."""
         if self.placement.in_program:
             tables = {
-                layer: self._on_shards(self.placement.put, state.tables[layer], p.owned_U, held[layer])
+                layer: self.on_shards(self.placement.put, state.tables[layer], p.owned_U, held[layer])
                 for layer, p in plan.items()
             }
         else:
@@ -286,7 +268,7 @@ class MemoryStore:
             return jax.tree.map(lambda old_U, new_U: _where(newer_U, new_U[place_U], old_U), early, held)
 
         return {
-            layer: self._on_shards(local, early[layer], p.owned_U, held[layer], plan[layer].owned_U)
+            layer: self.on_shards(local, early[layer], p.owned_U, held[layer], plan[layer].owned_U)
             for layer, p in early_plan.items()
         }
 
@@ -296,7 +278,7 @@ class MemoryStore:
         Only a placement that has tiers can. Donate the state, and tell jit where the tables lie (`at_rest`).
         """
         tables = {
-            layer: self._on_shards(self.placement.promote, state.tables[layer], p.owned_U)  # type: ignore[attr-defined]
+            layer: self.on_shards(self.placement.promote, state.tables[layer], p.owned_U)  # type: ignore[attr-defined]
             for layer, p in plan.items()
         }
         return MemoryState(tables, state.rows_used)
@@ -332,7 +314,7 @@ class MemoryStore:
             def local(packed: Table, owned_U: jax.Array, grads_UD: jax.Array, step: jax.Array) -> Table:
                 local_R = jnp.arange(self.layouts[layer].rows_per_shard, dtype=jnp.int32)
                 table = self.placement.take(packed, local_R)
-                is_row_R = self._logical(layer, local_R) < self.num_rows(layer)
+                is_row_R = self.logical_rows(layer, local_R) < self.num_rows(layer)
                 zeros_RD = jnp.zeros(table.rows.shape, jnp.float32)
                 grads_RD = zeros_RD.at[owned_U].add(grads_UD, mode="drop")
                 rows_RD, slots = self.optimizer.update_table(table.rows, table.slots, grads_RD, step, is_row_R, total)  # type: ignore[attr-defined]
@@ -343,7 +325,7 @@ class MemoryStore:
             return local
 
         tables = {
-            layer: self._on_shards(one_table(layer), state.tables[layer], p.owned_U, grads[layer], _int(step))
+            layer: self.on_shards(one_table(layer), state.tables[layer], p.owned_U, grads[layer], _int(step))
             for layer, p in plan.items()
         }
         uses = {layer: held.uses for layer, held in self.load(MemoryState(tables, {}), plan).items()}
@@ -354,7 +336,7 @@ class MemoryStore:
         if self.row_dtype == "float32":
             return rows_UD
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), int(layer)), step)
-        return stochastic_round(rows_UD, row_noise(key, self._logical(layer, local_U), rows_UD.shape[-1]))
+        return stochastic_round(rows_UD, row_noise(key, self.logical_rows(layer, local_U), rows_UD.shape[-1]))
 
     def _count_new(self, state: MemoryState, plan: MemoryPlan, uses: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         owned = {layer: p.owned_U for layer, p in plan.items()}
@@ -380,88 +362,18 @@ class MemoryStore:
 
         return jax.jit(count)
 
-    # --- whole tables ---
+    # --- shards ---
 
-    def materialize(self, state: MemoryState, step: jax.Array | int) -> Mapping[str, jax.Array | np.ndarray]:
-        """Every row as it stands after `step` updates, in logical order: float32 [num_rows, head_dim] per layer."""
-        if not self.placement.in_program:
-            return outside.materialize(self, state.tables, step, CHUNK_ROWS)
-
-        def local(table: Table, step: jax.Array, layer: str) -> jax.Array:
-            held = self.placement.take(table, jnp.arange(self.layouts[layer].rows_per_shard, dtype=jnp.int32))
-            return self.optimizer.read(held.rows, held.slots, step)[0]
-
-        tables = {}
-        for layer, layout in self.layouts.items():
-            read = jax.jit(partial(self._on_shards, partial(local, layer=layer)))
-            rows = read(state.tables[layer], _int(step))
-            tables[layer] = layout.to_logical(jax.reshard(rows, jax.P()) if routing.mesh_axes() else rows)
-        return tables
-
-    def chunk_reader(self, count: int) -> Callable[[Table, int], TableState]:
-        """`chunk = read(table, start)`: local rows start .. start + count of every shard, as they lie [S * count, ...].
-
-        Rows beyond a shard's end read as zero.
-        """
-        if not self.placement.in_program:
-            return lambda table, start: outside.read_chunk(self, table, start, count)
-
-        def local(table: Table, start: jax.Array) -> TableState:
-            return self.placement.take(table, start + jnp.arange(count, dtype=jnp.int32))
-
-        read = jax.jit(partial(self._on_shards, local))
-        return lambda table, start: read(table, jnp.int32(start))
-
-    def chunk_writer(self, layer: str) -> Callable[[Table, int, TableState], Table]:
-        """`table = write(table, start, chunk)`, the inverse of `chunk_reader`; the table is donated."""
-        if not self.placement.in_program:
-            return lambda table, start, chunk: outside.write_chunk(self, table, start, chunk)
-
-        def local(table: Table, start: jax.Array, chunk: TableState) -> Table:
-            return self.placement.put(table, start + jnp.arange(len(chunk.uses), dtype=jnp.int32), chunk)
-
-        write = jax.jit(partial(self._on_shards, local), donate_argnums=0, out_shardings=self.at_rest(layer))
-        return lambda table, start, chunk: write(table, jnp.int32(start), chunk)
-
-    def _on_shards(self, function: Callable, *args: Any) -> Any:
+    def on_shards(self, function: Callable, *args: Any) -> Any:
         """`function` of each shard's part of the arguments; scalars go to all."""
         axes = routing.mesh_axes()
         specs = tuple(jax.P() if isinstance(x, jax.Array) and x.ndim == 0 else jax.P(axes) for x in args)
         return on_shards(function, specs, jax.P(axes))(*args)
 
-    def _logical(self, layer: str, local_U: jax.Array) -> jax.Array:
+    def logical_rows(self, layer: str, local_U: jax.Array) -> jax.Array:
         axes = routing.mesh_axes()
         shard = jax.lax.axis_index(axes) if axes else 0
         return self.layouts[layer].logical(shard, local_U)
-
-
-def fits(plan: MemoryPlan) -> bool:
-    """Whether nothing overflowed. Waits for the plan."""
-    return all(int(routing.overflow(p)) == 0 for p in plan.values())
-
-
-class RowIdError(ValueError):
-    """A lookup that names no row, or a request that was damaged on its way."""
-
-
-def check(plan: MemoryPlan) -> None:
-    """Raises `RowIdError` naming layer, head and position of the first id that is no row. Waits for the plan.
-
-    Every process sees the same verdict, so all of them raise and none waits for another.
-    """
-    for layer, p in plan.items():
-        first, damaged = (int(x) for x in np.asarray(p.faults))
-        if first >= 0:
-            b, t, h = np.unravel_index(first, p.ids_BTH.shape)
-            raise RowIdError(
-                f"Layer {layer}, head {h}, sequence {b}, position {t}: the row id lies outside its head. Ids must come "
-                "from this store's own plan (its hash constants), or lie within the head's rows."
-            )
-        if damaged:
-            raise RowIdError(
-                f"Layer {layer}: {damaged} row requests arrived outside the owner's shard, so they were damaged on the "
-                "way. Try memory.transport=all_to_all, and check the interconnect."
-            )
 
 
 def _where(mask_U: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

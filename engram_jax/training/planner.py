@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from engram_jax.memory.routing import Capacity, capacity
-from engram_jax.memory.store import MemoryPlan, MemoryStore, RowIdError, check, fits
+from engram_jax.memory.plan import Capacity, RowIdError, capacity, check, fits
+from engram_jax.memory.store import MemoryPlan, MemoryStore
 from engram_jax.training.errors import RunError
 
 Batch = dict[str, jax.Array]

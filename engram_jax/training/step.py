@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from engram_jax.layers.cross_entropy import NO_LOSS
-from engram_jax.memory import routing
-from engram_jax.memory.routing import RowPlan
+from engram_jax.memory.plan import RowPlan, capacity, overflow, requests
 from engram_jax.memory.store import Held, MemoryPlan, MemoryState, MemoryStore
 from engram_jax.model import updated_buffers
 from engram_jax.sharding import spec
@@ -74,8 +73,8 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
     ) -> tuple[TrainState, Metrics, Held | None]:
         early = store.load(state.memory, next_plan) if next_plan is not None else None
         # The barrier keeps what follows the same program, and so the same bits, however the rows were read.
-        held = jax.lax.optimization_barrier(held or store.load(state.memory, plan))
-        rows = store.rows(held, plan, state.step)
+        loaded: Held = jax.lax.optimization_barrier(held or store.load(state.memory, plan))
+        rows = store.rows(loaded, plan, state.step)
         (cross_entropy, stats), (grads, row_grads) = gradients(state.params, rows, state.buffers, batch)
         row_grads = store.reduce(plan, row_grads)
         norm = optax.tree.norm((grads, row_grads))
@@ -83,7 +82,7 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
             scale = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(norm, 1e-30))
             grads, row_grads = jax.tree.map(lambda g: g * scale, (grads, row_grads))
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
-        memory, held = _update_rows(store, state, plan, row_grads, held, early, next_plan)
+        memory, held = _update_rows(store, state, plan, row_grads, loaded, early, next_plan)
         new_state = TrainState(
             step=state.step + 1,
             params=jax.tree.map(jnp.add, state.params, updates),
@@ -129,12 +128,12 @@ def _update_rows(
 
 def _memory_metrics(store: MemoryStore, plan: RowPlan) -> Metrics:
     row_bytes = store.config.engram_head_dim * 4
-    asked = routing.requests(plan)
-    places = routing.capacity(plan).pair * store.shards
+    asked = requests(plan)
+    places = capacity(plan).pair * store.shards
     return {
         "distinct_share": asked / plan.ids_BTH.size,  # of the lookups, what is left when each device asks once
         "exchange_mb": jnp.float32(places * row_bytes / 1e6),  # per device and direction
-        "exchange_overflow": routing.overflow(plan),
+        "exchange_overflow": overflow(plan),
     }
 
 

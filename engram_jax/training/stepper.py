@@ -7,11 +7,26 @@ from dataclasses import replace
 
 import jax
 
+from engram_jax.memory import outside
 from engram_jax.memory.store import Held, MemoryPlan, MemoryState
 from engram_jax.training.assembly import Parts
 from engram_jax.training.planner import Batch, PlannedBatches, Planner
+from engram_jax.training.sight import make_sight
 from engram_jax.training.state import TrainState
 from engram_jax.training.step import Metrics, make_eval_step, make_train_step
+
+
+def reads_ahead(parts: Parts) -> bool:
+    """Whether the next batch's rows are read while this one is computed; the numbers are the same either way.
+
+    Not where nothing is gained: on the device reading is cheap. Not inside a program on CPU: XLA:CPU (jax 0.10) drops
+    the barrier that puts the reading before the writing, and copies the whole table at every step.
+    """
+    if not parts.config.memory.prefetch:
+        return False
+    if not parts.store.placement.in_program:
+        return True
+    return parts.config.memory.placement != "device" and parts.mesh.devices.flat[0].platform != "cpu"
 
 
 class Stepper:
@@ -22,8 +37,7 @@ class Stepper:
         self._batches = PlannedBatches(batches, Planner(parts.store, log))
         self._step = make_train_step(parts)
         settings = parts.config.memory
-        whole_table = parts.store.optimizer.whole_table
-        self._reads_ahead = settings.prefetch and settings.placement != "device" and not whole_table
+        self._reads_ahead = reads_ahead(parts)
         self._held: Held | None = None
         self._promote = None
         if hasattr(parts.store.placement, "promote") and settings.promote_every:
@@ -33,13 +47,9 @@ class Stepper:
         self._promote_every = settings.promote_every
         self._outside = None
         if not parts.store.placement.in_program:
-            from engram_jax.memory import outside
-
             self._outside = outside.Carrier(parts.store, self._reads_ahead)
         self._sight = None
         if parts.store.layers and settings.sight_every:
-            from engram_jax.analysis.sight import make_sight
-
             self._sight = make_sight(parts)
 
     def __enter__(self) -> Stepper:
@@ -78,7 +88,7 @@ class Stepper:
         return replace(state, memory=replace(state.memory, tables=tables)), metrics
 
     def look(self, state: TrainState) -> Metrics:
-        """What the next batch finds in the memory before its step is taken (analysis/sight.py); {} without memory."""
+        """What the next batch finds in the memory before its step is taken (training/sight.py); {} without memory."""
         if self._sight is None:
             return {}
         batch, plan = self._batches.current

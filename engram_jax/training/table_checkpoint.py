@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 
+from engram_jax.memory.chunks import chunk_reader, chunk_writer
 from engram_jax.memory.placements import Table
 from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableState
@@ -36,7 +37,7 @@ def save_tables(directory: Path, store: MemoryStore, mesh: Mesh, tables: dict[st
         for layer, layout in store.layouts.items():
             rows = layout.rows_per_shard
             count = min(rows_per_chunk(fields), rows)
-            read = store.chunk_reader(count)
+            read = chunk_reader(store, count)
             writers: dict[int, ShardWriter] = {}
             try:
                 following = read(tables[layer], 0)
@@ -70,7 +71,7 @@ def restore_tables(directory: Path, store: MemoryStore, mesh: Mesh) -> dict[str,
     for layer, layout in store.layouts.items():
         rows = layout.rows_per_shard
         count = min(rows_per_chunk(fields), rows)
-        write = store.chunk_writer(layer)
+        write = chunk_writer(store, layer)
         for start in range(0, rows, count):
             parts: dict[str, list[jax.Array]] = {name: [] for name in fields}
             for device, index in sharding.addressable_devices_indices_map((mesh.size,)).items():

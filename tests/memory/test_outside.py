@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from engram_jax.config import ConfigError, EngramConfig
-from engram_jax.memory import outside
-from engram_jax.memory import store as store_module
+from engram_jax.memory import chunks, outside
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.placements import DevicePlacement, NumpyPlacement, numpy_arrays
+from engram_jax.memory.plan import fits
 from engram_jax.memory.row_optimizers import CatchUpAdam
-from engram_jax.memory.store import MemoryState, MemoryStore, fits
+from engram_jax.memory.store import MemoryState, MemoryStore
 from engram_jax.memory.table import TableState
 from engram_jax.sharding import make_mesh
 
@@ -175,7 +175,7 @@ def test_first_rows_made_in_chunks_equal_those_on_devices(mesh, monkeypatch):
     store, context = make(mesh, DevicePlacement())
     with context:
         expected = host(store.init(jax.random.key(3)).tables)
-        monkeypatch.setattr(store_module, "CHUNK_ROWS", 72)
+        monkeypatch.setattr(chunks, "CHUNK_ROWS", 72)
         assert store.layouts["0"].rows_per_shard % 72
         assert_same(make(mesh, NumpyPlacement())[0].init(jax.random.key(3)).tables, expected)
 
@@ -187,8 +187,8 @@ def test_chunks_go_out_and_in_and_end_with_the_shard(mesh):
         table, copy = store.init(jax.random.key(1)).tables["2"], store.allocate()["2"]
         rows = store.layouts["2"].rows_per_shard
         for start in range(0, rows, 40):
-            chunk = store.chunk_reader(40)(table, start)
-            assert store.chunk_writer("2")(copy, start, chunk) is copy
+            chunk = chunks.chunk_reader(store, 40)(table, start)
+            assert chunks.chunk_writer(store, "2")(copy, start, chunk) is copy
             here = min(40, rows - start)
             of_shards = table.rows.reshape(store.shards, rows, 4)[:, start : start + here]
             np.testing.assert_array_equal(np.asarray(chunk.rows).reshape(store.shards, 40, 4)[:, :here], of_shards)

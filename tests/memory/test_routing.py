@@ -9,8 +9,7 @@ import pytest
 
 from engram_jax.config import ConfigError
 from engram_jax.memory import routing
-from engram_jax.memory.routing import Capacity
-from engram_jax.memory.store import RowIdError, check, fits
+from engram_jax.memory.plan import Capacity, RowIdError, check, fits, overflow
 from engram_jax.memory.table import TableLayout
 from engram_jax.sharding import make_mesh
 
@@ -134,7 +133,7 @@ def make_plan(ids, capacities=None, shape=(8, 1)):
     with on_mesh(shape) as (devices, put):
         run = jax.jit(lambda ids: routing.plan_rows(ids, layouts(devices), capacities))
         plan = run({layer: put(x) for layer, x in ids.items()})
-        return plan, fits(plan), {layer: int(routing.overflow(p)) for layer, p in plan.items()}
+        return plan, fits(plan), {layer: int(overflow(p)) for layer, p in plan.items()}
 
 
 def test_a_plan_that_does_not_fit_says_what_it_needs():
@@ -149,12 +148,12 @@ def test_a_plan_that_does_not_fit_says_what_it_needs():
         assert need[layer].pair == max(np.bincount(o).max() for o in owners)
         every = places[np.unique(ids[layer])] // layout.rows_per_shard
         assert need[layer].owner == np.bincount(every).max()
-    plan, fitting, overflow = make_plan(ids, need)
-    assert fitting and set(overflow.values()) == {0}
+    plan, fitting, excess = make_plan(ids, need)
+    assert fitting and set(excess.values()) == {0}
     for place in ("pair", "owner"):
         tight = need["0"]._replace(**{place: getattr(need["0"], place) - 2})
-        _, fitting, overflow = make_plan(ids, {**need, "0": tight})
-        assert not fitting and overflow == {"0": 2, "2": 0}
+        _, fitting, excess = make_plan(ids, {**need, "0": tight})
+        assert not fitting and excess == {"0": 2, "2": 0}
 
 
 def test_an_exact_fit_loses_nothing():

@@ -5,6 +5,7 @@ import keyword
 import re
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from engram_jax.config import EngramConfig
-from engram_jax.memory import routing
+from engram_jax.memory.chunks import first_rows
 from engram_jax.memory.compression import TokenMap
+from engram_jax.memory.plan import capacity
 from engram_jax.memory.row_optimizers import CatchUpAdam, SinkhornMomentum
 from engram_jax.memory.store import MemoryStore
 from engram_jax.sharding import make_mesh
@@ -87,7 +89,7 @@ def test_the_search_sees_a_table_that_is_gathered():
 
 
 def test_new_rows_are_made_where_they_lie():
-    make = jax.jit(make_store(1_000).first_rows, static_argnums=(2, 3))
+    make = jax.jit(partial(first_rows, make_store(1_000)), static_argnums=(2, 3))
     assert not collectives(make.lower(jax.random.key(0), jnp.int32(0), "0", 16).compile())
 
 
@@ -122,7 +124,7 @@ def test_on_real_text_few_places_travel_empty(mesh):
         plan = Planner(store)({"tokens": batch, "segment_ids": jnp.ones_like(batch)})["1"]
         asked_S = [len(np.unique(part)) for part in np.split(np.asarray(plan.ids_BTH), 8)]
         np.testing.assert_array_equal(np.asarray(plan.routes.asked_S).reshape(8, 8).sum(1), asked_S)
-        sent = 8 * routing.capacity(plan).pair
+        sent = 8 * capacity(plan).pair
         print(
             f"{per_device} x 512: {sent / max(asked_S):.3f} of the fullest, {sent / np.mean(asked_S):.3f} of the mean"
         )

@@ -212,7 +212,7 @@ def test_new_tables_are_the_same_bits_on_every_mesh(row_dtype, monkeypatch):
     assert one["0"].rows.any(axis=1).all()
     for mesh in MESHES:
         jax.tree.map(np.testing.assert_array_equal, first(mesh), one)
-    monkeypatch.setattr("engram_jax.memory.store.CHUNK_ROWS", 7)
+    monkeypatch.setattr("engram_jax.memory.chunks.CHUNK_ROWS", 7)
     jax.tree.map(np.testing.assert_array_equal, first((2, 4)), one)
 
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from engram_jax.config import EngramConfig
 from engram_jax.memory.compression import TokenMap
+from engram_jax.memory.plan import RowIdError, check, fits
 from engram_jax.memory.row_optimizers import CatchUpAdam
-from engram_jax.memory.store import MemoryStore, RowIdError, check, fits
+from engram_jax.memory.store import MemoryStore
 from engram_jax.sharding import make_mesh
 from engram_jax.training.table_checkpoint import save_tables
 

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from engram_jax.config import CheckpointConfig, ConfigError, EngramConfig, OptimizerConfig, replace, to_dict
-from engram_jax.memory import store as store_module
-from engram_jax.memory import table_files
+from engram_jax.memory import chunks, table_files
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryState, MemoryStore
@@ -121,7 +120,7 @@ def run_apart(function, *arguments):
 
 def measure_memory(folder):
     """Prints the table's bytes, and by how much more than before it this process grew to save and to restore it."""
-    table_files.CHUNK_BYTES, store_module.CHUNK_ROWS = 4 * 2**20, 4096
+    table_files.CHUNK_BYTES, chunks.CHUNK_ROWS = 4 * 2**20, 4096
     mesh = mesh_of(1)
 
     def now():

@@ -134,8 +134,11 @@ class TieredPlacement:
             up_M, place_M, down_M = (lax.dynamic_slice_in_dim(x, i * size, size) for x in (up_E, place_E, down_E))
             down_M, order_M = stable_sort(down_M)
             demoted = jax.tree.map(lambda x: x[order_M], self.device.take(hot, place_M))
-            # Without the barrier nothing says that the tail is read before it is written, and XLA would copy it.
-            promoted, demoted = lax.optimization_barrier((self.host.take(tail, up_M), demoted))
+            promoted = self.host.take(tail, up_M)
+            # Unused places hold the other tier's rows, to no effect but this: each tier is written when both are read.
+            # Where nothing says so (XLA for CPUs forgets barriers early), both would be copied in every round.
+            unused_M = up_M >= num_rows
+            promoted, demoted = _where(unused_M, demoted, promoted), _where(unused_M, promoted, demoted)
             return self.device.put(hot, place_M, promoted), self.host.put(tail, down_M, demoted)
 
         exchanges = jnp.sum(better_E, dtype=jnp.int32)
@@ -195,6 +198,10 @@ def _find(table: TieredTable, ids_U: jax.Array) -> _Found:
     cold_L = (num_rows + unused_L).at[to_U].set(ids_U, mode="drop")
     at_L = (count + unused_L).at[to_U].set(batch_U, mode="drop")
     return _Found(place_U, order_U, rank_U, cold_L, at_L, jnp.sum(is_cold_U, dtype=jnp.int32))
+
+
+def _where(mask_U: jax.Array, batch: TableState, other: TableState) -> TableState:
+    return jax.tree.map(lambda x, y: jnp.where(lax.expand_dims(mask_U, range(1, x.ndim)), x, y), batch, other)
 
 
 def _rounds(count: int) -> tuple[int, int]:

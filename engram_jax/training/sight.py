@@ -32,10 +32,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from engram_jax.analysis.gates import RecordingReader
+from engram_jax.layers.engram import RecordingReader
 from engram_jax.memory import routing
 from engram_jax.memory.placements import Table
-from engram_jax.memory.routing import RowPlan
+from engram_jax.memory.plan import RowPlan
 from engram_jax.memory.store import Held, MemoryPlan, MemoryRows, MemoryStore
 from engram_jax.memory.table import TableState
 from engram_jax.training.assembly import Parts

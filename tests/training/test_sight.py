@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from engram_jax.analysis.sight import BUCKETS, collisions, make_sight
 from engram_jax.config import (
     AttentionConfig,
     CheckpointConfig,
@@ -36,6 +35,7 @@ from engram_jax.memory.placements import DevicePlacement
 from engram_jax.training.assembly import assemble
 from engram_jax.training.loop import train
 from engram_jax.training.metrics import read_metrics
+from engram_jax.training.sight import BUCKETS, collisions, make_sight
 from engram_jax.training.stepper import Stepper
 
 pytestmark = pytest.mark.newest

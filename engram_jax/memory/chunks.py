@@ -1,0 +1,97 @@
+"""Whole tables, a chunk of rows at a time: their first values, reading and writing them, and the logical table.
+
+No step of training needs this. A chunk is the same local rows of every shard, so that filling, saving and restoring a
+table need the memory of a chunk beside it, wherever the table lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engram_jax.memory import outside, routing
+from engram_jax.memory.placements import Table
+from engram_jax.memory.table import RowInit, TableState
+
+if TYPE_CHECKING:
+    from engram_jax.memory.store import MemoryState, MemoryStore
+
+CHUNK_ROWS = 65_536
+"""Local rows that are made at a time."""
+
+
+def new_tables(store: MemoryStore, key: jax.Array) -> dict[str, Table]:
+    """Tables with their first rows; what `MemoryStore.init` makes."""
+    first = jax.jit(partial(first_rows, store), static_argnames=("layer", "count"))
+    tables = store.allocate()
+    for layer in store.layers:
+        write = chunk_writer(store, layer)
+        rows, layer_key = store.layouts[layer].rows_per_shard, jax.random.fold_in(key, int(layer))
+        count = min(CHUNK_ROWS, rows)
+        for start in range(0, rows, count):
+            tables[layer] = write(tables[layer], start, first(layer_key, jnp.int32(start), layer, count))
+    return tables
+
+
+def first_rows(store: MemoryStore, key: jax.Array, start: jax.Array, layer: str, count: int) -> TableState:
+    """New local rows start .. start + count of every shard: [S * count, ...], zero where there is no row."""
+    make = RowInit(store.config.engram_head_dim, store.init_std, store.row_dtype)
+
+    def local(key: jax.Array, start: jax.Array) -> TableState:
+        logical_U = store.logical_rows(layer, start + jnp.arange(count, dtype=jnp.int32))
+        rows_UD = make(key, logical_U)
+        rows_UD = jnp.where(logical_U[:, None] < store.num_rows(layer), rows_UD, jnp.zeros_like(rows_UD))
+        return store.new_rows(rows_UD)
+
+    return store.on_shards(local, key, start)
+
+
+def chunk_reader(store: MemoryStore, count: int) -> Callable[[Table, int], TableState]:
+    """`chunk = read(table, start)`: local rows start .. start + count of every shard, as they lie [S * count, ...].
+
+    Rows beyond a shard's end read as zero.
+    """
+    if not store.placement.in_program:
+        return lambda table, start: outside.read_chunk(store, table, start, count)
+
+    def local(table: Table, start: jax.Array) -> TableState:
+        return store.placement.take(table, start + jnp.arange(count, dtype=jnp.int32))
+
+    read = jax.jit(partial(store.on_shards, local))
+    return lambda table, start: read(table, jnp.int32(start))
+
+
+def chunk_writer(store: MemoryStore, layer: str) -> Callable[[Table, int, TableState], Table]:
+    """`table = write(table, start, chunk)`, the inverse of `chunk_reader`; the table is donated."""
+    if not store.placement.in_program:
+        return lambda table, start, chunk: outside.write_chunk(store, table, start, chunk)
+
+    def local(table: Table, start: jax.Array, chunk: TableState) -> Table:
+        return store.placement.put(table, start + jnp.arange(len(chunk.uses), dtype=jnp.int32), chunk)
+
+    write = jax.jit(partial(store.on_shards, local), donate_argnums=0, out_shardings=store.at_rest(layer))
+    return lambda table, start, chunk: write(table, jnp.int32(start), chunk)
+
+
+def logical_tables(
+    store: MemoryStore, state: MemoryState, step: jax.Array | int
+) -> Mapping[str, jax.Array | np.ndarray]:
+    """What `MemoryStore.materialize` returns."""
+    if not store.placement.in_program:
+        return outside.materialize(store, state.tables, step, CHUNK_ROWS)
+
+    def local(table: Table, step: jax.Array, layer: str) -> jax.Array:
+        held = store.placement.take(table, jnp.arange(store.layouts[layer].rows_per_shard, dtype=jnp.int32))
+        return store.optimizer.read(held.rows, held.slots, step)[0]
+
+    tables = {}
+    for layer, layout in store.layouts.items():
+        read = jax.jit(partial(store.on_shards, partial(local, layer=layer)))
+        rows = read(state.tables[layer], jnp.asarray(step, jnp.int32))
+        tables[layer] = layout.to_logical(jax.reshard(rows, jax.P()) if routing.mesh_axes() else rows)
+    return tables
