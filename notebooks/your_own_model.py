@@ -17,7 +17,7 @@
 #
 # A small transformer, written here in plain Flax NNX and trained with plain optax, gets an n-gram memory in a few lines
 # (each marked `# ENGRAM`). Twice: once with the table as an ordinary parameter, once with the **store**, which updates
-# only the rows that a batch reads. No accelerator is needed: choose a CPU runtime, two cores take about three minutes.
+# only the rows that a batch reads. No accelerator is needed: choose a CPU runtime, two cores take about two minutes.
 #
 # The first cell does something on Colab only. It must come before anything imports JAX, because Colab brings an older
 # JAX than this project uses.

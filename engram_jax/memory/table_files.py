@@ -14,59 +14,33 @@ Legend: S shards, R local rows of one shard (`TableLayout.rows_per_shard`), N ro
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
-import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
 from io import FileIO
-from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from engram_jax.memory.table import TableLayout
+from engram_jax.memory.table_index import (
+    REMEDY,
+    Field,
+    Index,
+    TableFileError,
+    file_name,
+    load_indexes,
+    naming,
+    write_all,
+    write_durably,
+)
 
-FORMAT = "engram_jax table 1"
 CHUNK_BYTES = 32 * 2**20
 """What one chunk should hold, all fields together: large enough to stream, small beside a host's memory."""
 SCRATCH_BYTES = 2**20
-INDEX_NAME = re.compile(r"(\d{5,})-of-(\d{5,})\.json")
-
-
-class TableFileError(ValueError):
-    """Files that are not the table asked for, not whole, or damaged; the message names the file and the remedy."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """What one file holds for each row: an array of `row_shape` (() for a number), dtype by name ("bfloat16")."""
-
-    row_shape: tuple[int, ...]
-    dtype: str
-
-    @classmethod
-    def of(cls, row_shape: Iterable[int], dtype: DTypeLike) -> Field:
-        """A field of any dtype NumPy knows by name, ml_dtypes' (bfloat16, float8_*) included."""
-        return cls(tuple(row_shape), np.dtype(dtype).name)
-
-    @property
-    def np_dtype(self) -> np.dtype:
-        return np.dtype(self.dtype)  # knows ml_dtypes' names because jax is imported (by table.py)
-
-    @property
-    def row_bytes(self) -> int:
-        return self.np_dtype.itemsize * math.prod(self.row_shape)
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.row_shape))}]"
 
 
 def rows_per_chunk(fields: Mapping[str, Field]) -> int:
@@ -89,9 +63,9 @@ class ShardWriter:
         self._chunk_rows: list[int] = []
         self._crc32: dict[str, list[int]] = {name: [] for name in fields}
         self.directory.mkdir(parents=True, exist_ok=True)
-        if old := sorted(self.directory.glob(_file_name(layout, shard, "*"))):
+        if old := sorted(self.directory.glob(file_name(layout, shard, "*"))):
             raise TableFileError(f"{old[0]} is already there: save into a new folder, or delete this one first.")
-        self._open = {name: FileIO(self.directory / _file_name(layout, shard, f"{name}.bin"), "xb") for name in fields}
+        self._open = {name: FileIO(self.directory / file_name(layout, shard, f"{name}.bin"), "xb") for name in fields}
 
     @property
     def rows_written(self) -> int:
@@ -119,8 +93,8 @@ class ShardWriter:
             for name, file in self._open.items():
                 data = _bytes(np.ascontiguousarray(arrays[name]))
                 self._crc32[name].append(zlib.crc32(data))
-                with _naming(file.name):
-                    _write_all(file, data)
+                with naming(file.name):
+                    write_all(file, data)
         self._chunk_rows.append(count)
 
     def close(self) -> None:
@@ -132,11 +106,11 @@ class ShardWriter:
                     "included: it can't be closed as a whole one."
                 )
             for file in self._open.values():
-                with _naming(file.name):
+                with naming(file.name):
                     os.fsync(file.fileno())
                     file.close()
-            index = _Index(self.layout, self.shard, self.fields, tuple(self._chunk_rows), self._crc32)
-            _write_durably(self.directory / _file_name(self.layout, self.shard, "json"), index.to_json().encode())
+            index = Index(self.layout, self.shard, self.fields, tuple(self._chunk_rows), self._crc32)
+            write_durably(self.directory / file_name(self.layout, self.shard, "json"), index.to_json().encode())
         self._open = {}
 
     def abort(self) -> None:
@@ -175,19 +149,19 @@ class TableReader:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._indexes = _load_indexes(self.directory)
+        self._indexes = load_indexes(self.directory)
         self.layout, self.fields = self._indexes[0].layout, self._indexes[0].fields
         self._verified: set[tuple[int, str, int]] = set()
         for shard in range(self.layout.shards):
             for name, field in self.fields.items():
                 path, size = self._path(shard, name), self.layout.rows_per_shard * field.row_bytes
                 if not path.is_file():
-                    raise TableFileError(f"{path} is missing. {_REMEDY}")
+                    raise TableFileError(f"{path} is missing. {REMEDY}")
                 if (found := path.stat().st_size) != size:
-                    raise TableFileError(f"{path} has {found:,} bytes where {size:,} were written. {_REMEDY}")
+                    raise TableFileError(f"{path} has {found:,} bytes where {size:,} were written. {REMEDY}")
 
     def _path(self, shard: int, name: str) -> Path:
-        return self.directory / _file_name(self.layout, shard, f"{name}.bin")
+        return self.directory / file_name(self.layout, shard, f"{name}.bin")
 
     def check(self, layout: TableLayout, fields: Mapping[str, Field]) -> None:
         """TableFileError unless the files hold these fields for a table of these heads, on whatever shards."""
@@ -250,7 +224,7 @@ class TableReader:
         """Copies the piece's bytes of one field into `out`, verifying the chunks that are touched first."""
         index, width = self._indexes[piece.shard], self.fields[name].row_bytes
         path, row, end = self._path(piece.shard, name), piece.local, piece.local + piece.length
-        with _naming(path), FileIO(path, "rb") as file:
+        with naming(path), FileIO(path, "rb") as file:
             while row < end:
                 chunk = bisect_right(index.chunk_starts, row) - 1
                 first, last = index.chunk_starts[chunk : chunk + 2]
@@ -267,43 +241,10 @@ class TableReader:
                 if not whole:
                     raise TableFileError(
                         f"{path} is damaged in chunk {chunk} (local rows {first}..{last - 1}, "
-                        f"{_logical_rows(index.layout, piece.shard, first, last)}): its checksum differs. {_REMEDY}"
+                        f"{_logical_rows(index.layout, piece.shard, first, last)}): its checksum differs. {REMEDY}"
                     )
                 self._verified.add((piece.shard, name, chunk))
                 row = min(end, last)
-
-
-_REMEDY = "Restore an earlier checkpoint, or copy this one again from where it is sound."
-
-
-@dataclass(frozen=True)
-class _Index:
-    """One shard's index: chunk i is [chunk_starts[i], chunk_starts[i + 1]), checksums are per field and chunk."""
-
-    layout: TableLayout
-    shard: int
-    fields: dict[str, Field]
-    chunk_rows: tuple[int, ...]
-    crc32: dict[str, list[int]]
-
-    @cached_property
-    def chunk_starts(self) -> tuple[int, ...]:
-        return tuple(accumulate(self.chunk_rows, initial=0))
-
-    def to_json(self) -> str:
-        table = {"format": FORMAT} | asdict(self)
-        return json.dumps({"table": table, "crc32": _json_crc32(table)}, indent=1) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> _Index:
-        """ValueError, KeyError or TypeError if the text is not what `to_json` wrote."""
-        whole = json.loads(text)
-        table = whole["table"]
-        if whole["crc32"] != _json_crc32(table) or table["format"] != FORMAT:
-            raise ValueError(f"it is damaged, or not of format {FORMAT!r}")
-        layout = TableLayout(tuple(table["layout"]["head_rows"]), table["layout"]["shards"])
-        fields = {name: Field(tuple(f["row_shape"]), f["dtype"]) for name, f in table["fields"].items()}
-        return cls(layout, table["shard"], fields, tuple(table["chunk_rows"]), table["crc32"])
 
 
 class _Piece(NamedTuple):
@@ -336,82 +277,9 @@ def _logical_rows(layout: TableLayout, shard: int, first: int, last: int) -> str
     return f"logical rows {', '.join(runs[:3])}{', ...' if len(runs) > 3 else ''}" if runs else "padding only"
 
 
-def _file_name(layout: TableLayout, shard: int, name: str) -> str:
-    return f"{shard:05d}-of-{layout.shards:05d}.{name}"
-
-
-def _load_indexes(directory: Path) -> list[_Index]:
-    """The indexes of all shards, in order; TableFileError unless they are all there and of one table."""
-    found = [match for path in directory.glob("*.json") if (match := INDEX_NAME.fullmatch(path.name))]
-    if not found:
-        raise TableFileError(f"{directory} holds no table: no shard in it was ever finished. {_REMEDY}")
-    counts = {int(match[2]) for match in found}
-    if len(counts) > 1:
-        raise TableFileError(f"{directory} holds parts of several tables, of {sorted(counts)} shards. {_REMEDY}")
-    shards = counts.pop()
-    if missing := sorted(set(range(shards)) - {int(match[1]) for match in found}):
-        raise TableFileError(
-            f"{directory} is half a table: {len(missing)} of its {shards} shards, the first of them {missing[0]}, were "
-            f"not finished (no index). {_REMEDY}"
-        )
-    indexes = []
-    for shard in range(shards):
-        path = directory / _file_name(TableLayout((), shards), shard, "json")
-        try:
-            index = _Index.from_json(path.read_text())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TableFileError(f"{path} can't be read as a shard's index: {error}. {_REMEDY}") from error
-        first = indexes[0] if indexes else index
-        if (index.shard, index.layout.shards) != (shard, shards) or index.layout != first.layout:
-            raise TableFileError(
-                f"{path} is of shard {index.shard} of {index.layout}: not the one its name says, or not of the table "
-                f"beside it. {_REMEDY}"
-            )
-        if index.fields != first.fields:
-            raise TableFileError(f"{path} has other fields than the shards beside it. {_REMEDY}")
-        indexes.append(index)
-    return indexes
-
-
-def _json_crc32(value: Any) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
 def _bytes(array: np.ndarray) -> memoryview:
     """A contiguous array's own bytes (ml_dtypes' arrays have no buffer of their own)."""
     return array.reshape(-1).view(np.uint8).data
-
-
-@contextlib.contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Puts the file into an OSError that does not say which it was, as those of write, read and fsync don't."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def _write_all(file: FileIO, data: memoryview | bytes) -> None:
-    data = memoryview(data)
-    while data:  # one write moves 2 GiB at the most
-        data = data[file.write(data) :]
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    """A file that is on the disk whole or not there at all."""
-    part = path.with_name(path.name + ".part")
-    with _naming(part), FileIO(part, "wb") as file:
-        _write_all(file, data)
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    with _naming(path.parent):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _read_into(file: FileIO, out: memoryview) -> bool:

@@ -22,7 +22,8 @@ from engram_jax.memory.chunks import chunk_reader, chunk_writer
 from engram_jax.memory.placements import Table
 from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableState
-from engram_jax.memory.table_files import Field, ShardWriter, TableReader, rows_per_chunk
+from engram_jax.memory.table_files import ShardWriter, TableReader, rows_per_chunk
+from engram_jax.memory.table_index import Field
 
 
 def fields_of(store: MemoryStore) -> dict[str, Field]:

@@ -16,15 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_jax.memory.table import TableLayout
-from engram_jax.memory.table_files import (
-    CHUNK_BYTES,
-    SCRATCH_BYTES,
-    Field,
-    ShardWriter,
-    TableFileError,
-    TableReader,
-    rows_per_chunk,
-)
+from engram_jax.memory.table_files import CHUNK_BYTES, SCRATCH_BYTES, ShardWriter, TableReader, rows_per_chunk
+from engram_jax.memory.table_index import Field, TableFileError
 
 pytestmark = pytest.mark.newest
 
@@ -390,7 +383,8 @@ def test_a_killed_writer_leaves_no_table(saved):
 import os
 import numpy as np
 from engram_jax.memory.table import TableLayout
-from engram_jax.memory.table_files import Field, ShardWriter
+from engram_jax.memory.table_files import ShardWriter
+from engram_jax.memory.table_index import Field
 fields = {FIELDS!r}
 writer = ShardWriter({str(directory)!r}, {layout!r}, 3, fields)
 writer.write(0, {{name: np.ones((104, *f.row_shape), f.np_dtype) for name, f in fields.items()}})

@@ -19,7 +19,8 @@ from engram_jax.memory import chunks, table_files
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryState, MemoryStore
-from engram_jax.memory.table_files import ShardWriter, TableFileError
+from engram_jax.memory.table_files import ShardWriter
+from engram_jax.memory.table_index import TableFileError
 from engram_jax.sharding import make_mesh
 from engram_jax.training import run_folder, table_checkpoint
 from engram_jax.training.assembly import assemble

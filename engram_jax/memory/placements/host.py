@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import compute_on as compute_on_api
 from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from engram_jax.config import ConfigError, MemoryConfig
@@ -73,8 +73,13 @@ class HostPlacement:
         return jax.tree.map(lambda x: self._at_rest(mesh, x.ndim), table)
 
     def _at_rest(self, mesh: Mesh, ndim: int) -> Format | NamedSharding:
-        sharding = NamedSharding(mesh, P(MESH_AXES), memory_kind=HOST_MEMORY)
-        if mesh.devices.flat[0].platform != "tpu":  # the others never tile, and have no layout that says so
+        if mesh.empty:  # a notebook with one device
+            device = jax.local_devices()[0]
+            sharding: Any = SingleDeviceSharding(device, memory_kind=HOST_MEMORY)
+        else:
+            device = mesh.devices.flat[0]
+            sharding = NamedSharding(mesh, P(MESH_AXES), memory_kind=HOST_MEMORY)
+        if device.platform != "tpu":  # the others never tile, and have no layout that says so
             return sharding
         return Format(Layout(tuple(range(ndim)), _UNTILED), sharding)
 
