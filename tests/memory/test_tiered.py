@@ -12,7 +12,7 @@ import tiered_aot
 from tpu_aot import BATCH, ROWS, WIDTH, run_apart
 
 from engram_jax.config import ConfigError, EngramConfig, MemoryConfig
-from engram_jax.memory import table_files
+from engram_jax.memory import chunks, table_files
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.placements import PLACEMENTS, DevicePlacement, HostPlacement, TieredPlacement, host, tiered
 from engram_jax.memory.row_optimizers import CatchUpAdam
@@ -26,8 +26,7 @@ pytestmark = pytest.mark.newest
 R, U, D = 64, 24, 6
 SHARDED = jax.P(("data", "fsdp"))
 CASES = [(0.001, False, "float32"), (0.2, True, "bfloat16"), (0.2, False, "float32"), (1.0, True, "float32")]
-"""Share of the rows that are hot (8 of 64, 16, all; a batch has 24), whether lines of the hot ones pack several, dtype.
-"""
+"""Share of the rows that are hot (8 of 64, 16, all; a batch has 24), whether several share a line, their dtype."""
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +220,7 @@ def test_a_donated_table_keeps_its_place(mesh):
 # --- in a store ---
 
 B, T, V, STEPS = 8, 6, 40, 21
-CONFIG = EngramConfig(engram_layer_ids=(0, 2), engram_n_heads=2, engram_head_dim=D, engram_vocab_size=(151, 211))
+CONFIG = EngramConfig(engram_layer_ids=(1,), engram_n_heads=2, engram_head_dim=D, engram_vocab_size=(151, 211))
 
 
 def store_on(mesh, name, hot_rows=0.25):
@@ -240,11 +239,12 @@ def store_on(mesh, name, hot_rows=0.25):
 def everything(store, tables):
     """All that is kept for every row, as the chunks of a checkpoint have it."""
     return {
-        layer: jax.device_get(store.chunk_reader(layout.rows_per_shard)(tables[layer], 0))
+        layer: jax.device_get(chunks.chunk_reader(store, layout.rows_per_shard)(tables[layer], 0))
         for layer, layout in store.layouts.items()
     }
 
 
+@functools.cache
 def train(mesh, name, reads_ahead):
     """A store, its state after STEPS steps with an exchange after every third, what was read, the last plan."""
     store, sharding = store_on(mesh, name), jax.NamedSharding(mesh, SHARDED)
@@ -287,13 +287,13 @@ def test_trains_as_a_table_on_the_device_does(mesh, reads_ahead):
         assert_same_bits(got, wanted)
     assert_same_bits(everything(store, state.tables), everything(device, expected.tables))
     assert jax.device_get(state.rows_used) == jax.device_get(expected.rows_used)
-    for layer, rate in store.hit_rate(state, plan).items():
+    for layer, rate in jax.jit(store.hit_rate)(state, plan).items():
         rows = store.layouts[layer].rows_per_shard
         owned, hot = np.asarray(plan[layer].owned_U).reshape(mesh.size, -1), hot_ids(mesh, state.tables[layer])
         asked = [ids[ids < rows] for ids in owned]
         found = sum(np.isin(ids, hot[shard]).sum() for shard, ids in enumerate(asked))
-        assert 0.5 < found / sum(map(len, asked)) == pytest.approx(float(rate), rel=1e-6)
-        assert not np.array_equal(hot[0], np.arange(hot.shape[1]))
+        assert float(rate) == pytest.approx(found / sum(map(len, asked)), rel=1e-6)
+        assert float(rate) > 1.2 * 0.25  # more than any quarter of the rows
 
 
 def test_checkpoints_go_from_any_placement_to_any(mesh, tmp_path, monkeypatch):
@@ -306,9 +306,10 @@ def test_checkpoints_go_from_any_placement_to_any(mesh, tmp_path, monkeypatch):
         tables = restore_tables(tmp_path / str(hop), store, mesh)
         if name == "tiered":
             state = MemoryState(tables, state.rows_used)
-            before = store.hit_rate(state, plan)
+            hit_rate = jax.jit(store.hit_rate)
+            before = hit_rate(state, plan)
             state = jax.jit(store.promote)(state, plan)  # what a run does next
-            assert all(after > before[layer] for layer, after in store.hit_rate(state, plan).items())
+            assert hit_rate(state, plan)["1"] > before["1"]
             tables = state.tables
         assert_same_bits(everything(store, tables), first)
 
