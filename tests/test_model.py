@@ -327,7 +327,7 @@ def test_counts_are_the_models(changes):
         if leaf.copies:
             stated[leaf.name] = stated.get(leaf.name, 0) + leaf.size
     assert held == stated
-    memory = jax.eval_shape(make_store(config).init, jax.random.key(0))
+    memory = make_store(config).abstract_state()
     counted = counts.parameters(config)
     assert counted.memory == sum(table.rows.size for table in memory.tables.values())
     assert counted.total == sum(held.values()) + counted.memory

@@ -88,6 +88,8 @@ def plan_rows(
         arrived = _exchange({name: a.requests_K for name, a in asked.items()}, routes, transport, axes)
         return {n: _own(asked[n], arrived[n], routes[n], layouts[n], capacities[n], axes) for n in ids}
 
+    if axes:
+        ids = {name: jax.reshard(x, jax.P(axes)) for name, x in ids.items()}
     return on_shards(local, (jax.P(axes),), {name: _specs(axes, alone=devices == 1) for name in ids})(dict(ids))
 
 

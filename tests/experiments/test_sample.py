@@ -123,7 +123,19 @@ def test_padding_changes_nothing(model, rng):
 def test_every_device_computes_the_same_on_a_mesh(tokenizer, model, rng):
     parts = assemble(CONFIG, tokenizer.backend, jax.devices()[:4])
     sharding = lambda x: NamedSharding(parts.mesh, x.sharding.spec)  # noqa: E731
-    state = jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding(x)), model[1])
+
+    def cut(layer, array):
+        """A whole table's array as the four devices own it."""
+        layout = parts.store.layouts[layer]
+        shards = np.zeros((4 * layout.rows_per_shard, *array.shape[1:]), array.dtype)
+        shards[layout.logical_order()] = np.asarray(array)
+        return jax.device_put(shards, sharding(array))
+
+    memory = model[1].memory
+    tables = {layer: jax.tree.map(lambda x, la=layer: cut(la, x), table) for layer, table in memory.tables.items()}
+    bare = dataclasses.replace(model[1], memory=dataclasses.replace(memory, tables={}))
+    state = jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding(x)), bare)
+    state = dataclasses.replace(state, memory=dataclasses.replace(state.memory, tables=tables))
     prompt, sampling = random_prompt(rng, 7), Sampling(max_tokens=6, temperature=1.0, top_k=0)
     assert list(generate(parts, state, prompt, sampling)) == list(generate(*model, prompt, sampling))
 

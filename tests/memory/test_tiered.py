@@ -338,5 +338,5 @@ def test_compiled_for_tpus_no_tail_leaves_the_host(topology, row_dtype):
     assert allocate["device_temp"] < 2**20
     for program, room in ((step, 5 * batch), (promote, batch)):
         assert program["host_argument"] == program["host_output"] == program["host_alias"] == tail
-        assert program["device_temp"] < room < 0.05 * tail
+        assert program["device_temp"] < room < 0.06 * tail
     assert all(program["host_temp"] == 0 and program["tiled"] == [] for program in compiled.values())

@@ -35,7 +35,7 @@ def programs(topology: str, row_dtype: str) -> dict[str, dict[str, Any]]:
     def on_shards(function):
         return jax.shard_map(function, in_specs=sharded, out_specs=sharded, check_vma=False)
 
-    def placed(tree, rest=None):
+    def placed(tree: Any, rest: Any = None) -> Any:
         rest = rest or jax.tree.map(lambda _: device, tree)
         return jax.tree.map(lambda x, r: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=r), tree, rest)
 
@@ -49,9 +49,8 @@ def programs(topology: str, row_dtype: str) -> dict[str, dict[str, Any]]:
         allocate = on_shards(lambda: placement.allocate(ROWS, like))
         shapes = jax.eval_shape(allocate)
         at_rest = placement.at_rest(mesh, shapes)
-        table = TieredTable(
-            *(placed(x) for x in (shapes.hot, shapes.hot_ids, shapes.hot_places)), placed(shapes.tail, at_rest.tail)
-        )
+        hot, index = placed(shapes.hot), placed((shapes.hot_ids, shapes.hot_places))
+        table = TieredTable(hot, index[0], index[1], placed(shapes.tail, at_rest.tail))
         ids = jax.ShapeDtypeStruct((mesh.size * BATCH,), jnp.int32, sharding=device)
         promote = jax.jit(on_shards(placement.promote), donate_argnums=0, out_shardings=at_rest)
         step = jax.jit(step, donate_argnums=0, out_shardings=(at_rest, device))

@@ -97,8 +97,9 @@ def test_settings_that_touch_no_number_may_change(config, straight, cut_off):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_costs_its_steps_only(config, straight, tmp_path):
     folder = shutil.copytree(straight.folder, tmp_path / "run")
-    largest = max((folder / "checkpoints" / "12").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
+    for path in (folder / "checkpoints" / "12" / "state").rglob("*"):
+        if path.is_file() and path.stat().st_size > 4096:  # which of them holds which array is Orbax's business
+            os.truncate(path, path.stat().st_size // 2)
     lines = []
     assert_same_end(train(config, folder, lines.append), straight)
     assert sum(line.startswith("Checkpoint 12 cannot be read (") for line in lines) == 1

@@ -2,10 +2,9 @@
 
 The host's copy of a hot row is stale for as long as the row is hot. Rows that a batch finds hot never leave the device;
 the others are listed and cross in rounds of M places, as many as it takes, so what crosses is in proportion to them.
-The first round stands outside the loop: a loop holds the device until it ends, a single transfer does not.
 
-Values are those of a table on the device, bit for bit, whichever rows are hot. `promote` exchanges hot rows against
-colder ones of a batch between steps; it moves rows and never changes them.
+Rows are moved and never computed with, so they are those of a table on the device bit for bit, whichever are hot.
+`promote` exchanges hot rows, between steps, against rows of a batch that were used more.
 
 Legend: R local rows of a shard, K of them hot, U rows of a batch, M places of a round, L places of whole rounds, E rows
 that an exchange may move, in whole rounds.
@@ -89,13 +88,12 @@ class TieredPlacement:
         found = _find(table, ids_U)
         batch = jax.tree.map(lambda x: x[found.rank_U], self.device.take(table.hot, found.place_U))
 
-        def one_round(i: jax.Array | int, batch: TableState) -> TableState:
+        def one_round(i: jax.Array, batch: TableState) -> TableState:
             ids_M, at_M = _part(found, i)
             cold = self.host.take(table.tail, ids_M)
             return jax.tree.map(lambda x, new: x.at[at_M].set(new, mode="drop", **_SORTED), batch, cold)
 
-        # The first round stands outside: a loop holds the device until it ends, a single transfer does not.
-        return _in_rounds(one_round, one_round(0, batch), found, first=1)
+        return _in_rounds(one_round, batch, found)
 
     def put(self, table: TieredTable, ids_U: jax.Array, batch: TableState) -> TieredTable:
         found = _find(table, ids_U)
@@ -106,7 +104,7 @@ class TieredPlacement:
             cold = jax.tree.map(lambda x: x.at[at_M].get(mode="clip", indices_are_sorted=True), batch)
             return self.host.put(tail, ids_M, cold)
 
-        # All rounds in the loop: with one outside, XLA for TPUs takes the whole table to the device.
+        # All rounds are in the loop: with one before it, XLA for TPUs takes the whole table to the device.
         return TieredTable(hot, table.hot_ids, table.hot_places, _in_rounds(one_round, table.tail, found))
 
     def promote(self, table: TieredTable, ids_U: jax.Array) -> TieredTable:
@@ -210,12 +208,12 @@ def _rounds(count: int) -> tuple[int, int]:
     return size, -(-count // size)
 
 
-def _in_rounds(one_round: Callable[..., Any], carry: Any, found: _Found, first: int = 0) -> Any:
-    """`carry = one_round(i, carry)` from round `first` on, for as many rounds as the cold rows take."""
-    return lax.fori_loop(first, -(-found.cold // _rounds(len(found.rank_U))[0]), one_round, carry)
+def _in_rounds(one_round: Callable[..., Any], carry: Any, found: _Found) -> Any:
+    """`carry = one_round(i, carry)` for as many rounds as the cold rows take."""
+    return lax.fori_loop(0, -(-found.cold // _rounds(len(found.rank_U))[0]), one_round, carry)
 
 
-def _part(found: _Found, i: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+def _part(found: _Found, i: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Round i of the cold rows: their ids and what rows of the batch they are, [M] both."""
     size, _ = _rounds(len(found.rank_U))
     return tuple(lax.dynamic_slice_in_dim(x, i * size, size) for x in (found.cold_L, found.at_L))  # type: ignore[return-value]
