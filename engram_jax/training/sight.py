@@ -26,7 +26,6 @@ Legend: B batch, T seq, H rows per token, O orders, K heads per order, M residua
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +33,7 @@ from flax import nnx
 
 from engram_jax.layers.engram import RecordingReader
 from engram_jax.memory import routing
-from engram_jax.memory.placements import Table
-from engram_jax.memory.plan import RowPlan
-from engram_jax.memory.store import Held, MemoryPlan, MemoryRows, MemoryStore
+from engram_jax.memory.store import Held, MemoryPlan, MemoryRows
 from engram_jax.memory.table import TableState
 from engram_jax.training.assembly import Parts
 from engram_jax.training.state import TrainState
@@ -61,16 +58,16 @@ def make_sight(parts: Parts) -> Callable[..., Metrics]:
         uses = routing.send_rows({layer: held[layer].uses[:, None] for layer in plan}, plan, store.transport)
         gates = _gates(parts, state, batch, store.rows(held, plan, state.step))
         metrics = {}
-        for layer, row_plan in plan.items():
+        for layer in plan:
             uses_BTOK = uses[layer][..., 0].reshape(*real_BT.shape, -1, store.config.engram_n_heads)
             numbers = {f"collision_{layer}/{name}": x for name, x in collisions(uses_BTOK, real_BT).items()}
             seen_BT = jnp.min(uses_BTOK[:, :, -1], axis=-1)
             numbers |= {f"gate_{layer}/{name}": x for name, x in gate_spread(gates[layer], seen_BT, real_BT).items()}
             if "last_step" in held[layer].slots:
                 numbers |= {f"staleness_{layer}/{name}": x for name, x in staleness(held[layer], state.step).items()}
-            if hasattr(store.placement, "hit_rate"):
-                numbers[f"hit_rate_{layer}"] = _hit_rate(store, layer, state.memory.tables[layer], row_plan)
             metrics |= {f"memory/{name}": x for name, x in numbers.items()}
+        if hasattr(store.placement, "hit_rate"):
+            metrics |= {f"memory/hit_rate_{layer}": x for layer, x in store.hit_rate(state.memory, plan).items()}
         return metrics
 
     return jax.jit(sight)
@@ -117,20 +114,6 @@ def _gates(parts: Parts, state: TrainState, batch: Batch, rows: MemoryRows) -> d
     model.engram = nnx.Dict(recorders)  # type: ignore[assignment]  # called as a reader is
     model.hidden(batch["tokens"], rows, batch["segment_ids"], batch["positions"])
     return {layer: recorder.gate_btm[...] for layer, recorder in recorders.items()}
-
-
-def _hit_rate(store: MemoryStore, layer: str, table: Table, plan: RowPlan) -> jax.Array:
-    """The placement's rate, from each shard in proportion to the distinct rows it is asked for."""
-    axes, placement = routing.mesh_axes(), cast(Any, store.placement)
-
-    def local(table: Table, owned_U: jax.Array) -> jax.Array:
-        asked = jnp.sum(owned_U < store.layouts[layer].rows_per_shard, dtype=jnp.float32)
-        hits = jnp.where(asked > 0, placement.hit_rate(table, owned_U) * asked, 0.0)
-        if axes:
-            hits, asked = jax.lax.psum((hits, asked), axes)
-        return hits / asked
-
-    return routing.on_shards(local, (jax.P(axes), jax.P(axes)), jax.P())(table, plan.owned_U)
 
 
 def _like(mask_BT: jax.Array, x: jax.Array) -> jax.Array:
