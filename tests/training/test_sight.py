@@ -150,6 +150,7 @@ def looked(tokenizer):
             batches, memory = [make_batch(step) for step in STEPS], state.memory
             for step, batch in zip(STEPS, batches, strict=True):
                 memory = update(memory, plan_of(on_devices(parts, batch)), jnp.int32(step))
+                jax.block_until_ready(memory)  # many exchanges at once, on eight threads of two cores, can lock up
             step = jax.device_put(np.int32(LOOK_STEP), state.step.sharding)
             state = dataclasses.replace(state, memory=memory, step=step)
             batch = on_devices(parts, make_batch(1000))
