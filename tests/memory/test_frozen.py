@@ -45,7 +45,7 @@ def tokens(mesh, seed):
         (None, DevicePlacement(packs_rows=True)),
         (None, HostPlacement()),
         (None, NumpyPlacement()),
-        ((2, 4), DevicePlacement()),
+        pytest.param((2, 4), DevicePlacement(), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -375,7 +375,7 @@ def stepped(tokenizer):
     return functools.cache(run)
 
 
-@pytest.mark.parametrize("placement", ["host", "numpy"])
+@pytest.mark.parametrize("placement", ["numpy", pytest.param("host", marks=pytest.mark.slow)])
 def test_every_placement_sees_the_same(stepped, placement):
     """While rows are read ahead and written behind; what the steps see is not disturbed by it."""
     losses, looks = stepped(placement)
@@ -462,6 +462,7 @@ def test_a_run_writes_its_looks_and_trains_as_without(run_config, seen_run, tmp_
     assert [line for line in rest if line != {"step": 3}] == numbers(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_sees_the_same(run_config, seen_run, tmp_path):
     folder = shutil.copytree(seen_run[0], tmp_path / "run")
     shutil.rmtree(folder / "checkpoints" / "8")

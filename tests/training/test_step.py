@@ -185,6 +185,7 @@ def test_clipping_sees_the_rows_too(trainer, make_batch):
     np.testing.assert_allclose(moments, 0.1 * scale * router_grad, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_catch_up_adam_trains_like_dense_adam(trainer, make_batch):
     """As closely as dense Adam trains like itself from parameters one float32 step apart."""
     rng = np.random.default_rng(0)
