@@ -308,7 +308,8 @@ class MemoryConfig:
     transport: Literal["auto", "all_to_all", "ragged_all_to_all"] = "auto"
     """How rows cross the mesh. auto: ragged on TPU, all_to_all elsewhere (XLA:CPU knows no other)."""
     prefetch: bool = True
-    """Read the next batch's rows while this one is computed (not for `device`, where reading is cheap)."""
+    """Read the next batch's rows before this one's update: `numpy` beside the computation, `host` and `tiered` in the
+    compiled step of an accelerator. The numbers are the same."""
     hot_rows: float = 0.1
     """tiered: share of the rows kept on the device."""
     promote_every: int = 20

@@ -87,6 +87,10 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, devices: Sequence[Any] | N
     optimizer = config.optimizer
     rates = optimizer.table_lr_multiplier * learning_rates(optimizer, config.train.steps)
     platform = mesh.devices.flat[0].platform
+    require(
+        (platform, config.memory.transport) != ("cpu", "ragged_all_to_all"),
+        "memory.transport=ragged_all_to_all: XLA has no such exchange on CPU. Choose auto or all_to_all.",
+    )
     store = MemoryStore.create(
         engram,
         token_map,

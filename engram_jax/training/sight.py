@@ -36,9 +36,8 @@ from engram_jax.memory import routing
 from engram_jax.memory.store import Held, MemoryPlan, MemoryRows
 from engram_jax.memory.table import TableState
 from engram_jax.training.assembly import Parts
-from engram_jax.training.state import TrainState
+from engram_jax.training.state import Batch, TrainState
 
-Batch = dict[str, jax.Array]  # int32 [B, T]: tokens, segment_ids, positions
 Metrics = dict[str, jax.Array]
 
 BUCKETS = {"0": (0, 0), "1_3": (1, 3), "4_15": (4, 15), "16_63": (16, 63), "64_up": (64, 2**31 - 1)}

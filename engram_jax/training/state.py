@@ -9,6 +9,8 @@ import jax
 
 from engram_jax.memory.store import MemoryState
 
+Batch = dict[str, jax.Array]  # int32 [B, T]: tokens, targets, segment_ids, positions
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from engram_jax.memory.store import Held, MemoryPlan, MemoryState, MemoryStore
 from engram_jax.model import updated_buffers
 from engram_jax.sharding import spec
 from engram_jax.training.assembly import Parts
-from engram_jax.training.state import TrainState
+from engram_jax.training.state import Batch, TrainState
 
-Batch = dict[str, jax.Array]  # int32 [B, T]: tokens, targets, segment_ids, positions
 Metrics = dict[str, jax.Array]
 
 

@@ -10,9 +10,9 @@ import jax
 from engram_jax.memory import outside
 from engram_jax.memory.store import Held, MemoryPlan, MemoryState
 from engram_jax.training.assembly import Parts
-from engram_jax.training.planner import Batch, PlannedBatches, Planner
+from engram_jax.training.planner import PlannedBatches, Planner
 from engram_jax.training.sight import make_sight
-from engram_jax.training.state import TrainState
+from engram_jax.training.state import Batch, TrainState
 from engram_jax.training.step import Metrics, make_eval_step, make_train_step
 
 

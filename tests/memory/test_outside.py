@@ -294,9 +294,9 @@ def test_too_little_room_is_refused_before_anything_is_allocated(monkeypatch, tm
     store, _ = make(None, NumpyPlacement())
     row_bytes = 4 * 4 * 3 + 4 + 4
     needed = sum(layout.num_rows for layout in store.layouts.values()) * row_bytes
-    monkeypatch.setattr(numpy_arrays, "available_memory", lambda: needed)
+    monkeypatch.setattr(numpy_arrays, "available_host_bytes", lambda: needed)
     store.allocate()
-    monkeypatch.setattr(numpy_arrays, "available_memory", lambda: needed - 1)
+    monkeypatch.setattr(numpy_arrays, "available_host_bytes", lambda: needed - 1)
     with pytest.raises(ConfigError, match=r"needs 0\.00 GB .* 0\.00 GB are available: set memory\.mmap_dir"):
         store.allocate()
     on_disk, _ = make(None, NumpyPlacement(str(tmp_path)))
@@ -309,8 +309,8 @@ def test_too_little_room_is_refused_before_anything_is_allocated(monkeypatch, tm
     assert sorted(tmp_path.rglob("*.bin")) == files
 
 
-def test_available_memory_is_what_the_kernel_says():
-    available = numpy_arrays.available_memory()
+def test_available_host_bytes_is_what_the_kernel_says():
+    available = numpy_arrays.available_host_bytes()
     if sys.platform == "linux":
         assert available is not None and 0 < available <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -58,3 +58,8 @@ def test_the_state_is_sharded_at_birth_as_abstract_state_says(config, tokenizer)
     momentum = jax.tree.leaves_with_path(state.opt_state)
     of_gate = [x for path, x in momentum if path[-1] == jax.tree_util.DictKey("gate_edf")]
     assert of_gate and all(x.sharding == gate.sharding for x in of_gate)
+
+
+def test_an_exchange_that_the_devices_lack_is_refused(config, tokenizer):
+    with pytest.raises(ConfigError, match=r"memory\.transport=ragged_all_to_all.*CPU"):
+        assemble(replace(config, memory__transport="ragged_all_to_all"), tokenizer)

@@ -31,6 +31,7 @@ import jax
 import numpy as np
 
 from engram_jax.config import ConfigError, MemoryConfig, require
+from engram_jax.memory.placements.host import available_host_bytes
 from engram_jax.memory.table import TableState
 
 PART_ROWS = 4096
@@ -131,22 +132,13 @@ def _zeros(num_rows: int, like: Any) -> np.ndarray:
 
 
 def _check_memory(needed: int) -> None:
-    available = available_memory()
+    available = available_host_bytes()
     require(
         available is None or needed <= available,
         f"memory.placement=numpy needs {needed / 1e9:.2f} GB of memory for the tables and what the optimizer keeps "
         f"for their rows, and {(available or 0) / 1e9:.2f} GB are available: set memory.mmap_dir to a folder on a disk "
         "with that much room, lower engram_vocab_size, or choose another memory.placement.",
     )
-
-
-def available_memory() -> int | None:
-    """Bytes that this machine can give to a process without swapping; None where the kernel does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def _check_disk(folder: Path, needed: int) -> None:
