@@ -1,0 +1,76 @@
+"""What the supervisor runs:  python -m tpu.child RUN ...  is  python -m experiments.run RUN ...  that can be profiled.
+
+A thread beside the run waits for `python -m tpu.child --profile SECONDS` on the same machine, and then traces the run
+for that long into ~/.engram_jax/profile, in TensorBoard's format. Nothing is traced, and nothing slowed, until asked.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+
+class Requests:
+    def __init__(self, folder: Path | None = None):
+        folder = folder or Path.home() / ".engram_jax"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.asked, self.answered, self.trace = folder / "profile.ask", folder / "profile.done", folder / "profile"
+
+    def ask(self, seconds: float, patience: float = 120) -> int:
+        """Asks the run for a trace and waits for it."""
+        shutil.rmtree(self.trace, ignore_errors=True)
+        self.answered.unlink(missing_ok=True)
+        self.asked.write_text(json.dumps(seconds))
+        until = time.monotonic() + seconds + patience
+        while not self.answered.exists():
+            if time.monotonic() > until:
+                self.asked.unlink(missing_ok=True)
+                print("error: no run answered; is one going on here, and past its start?", file=sys.stderr)
+                return 1
+            time.sleep(0.1)
+        answer = self.answered.read_text()
+        print(answer or f"traced {seconds:g} s into {self.trace}", file=sys.stderr if answer else sys.stdout)
+        return 1 if answer else 0
+
+    def serve(self, every: float = 1.0) -> None:
+        while True:
+            if self.asked.exists() and _backends_exist():
+                self.answer()
+            time.sleep(every)
+
+    def answer(self) -> None:
+        import jax
+
+        seconds = json.loads(self.asked.read_text())
+        self.asked.unlink()
+        message = ""
+        try:
+            with jax.profiler.trace(str(self.trace)):
+                time.sleep(seconds)
+        except Exception as error:  # a profiler's trouble must not end the run
+            message = f"error: {error}"
+        self.answered.write_text(message)
+
+
+def _backends_exist() -> bool:
+    """Whether the run has found its devices: a trace that began before would keep it from joining the other hosts."""
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    return bridge is not None and bridge.backends_are_initialized()
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--profile"]:
+        return Requests().ask(float(arguments[1]))
+    threading.Thread(target=Requests().serve, daemon=True).start()
+    sys.argv = ["python -m experiments.run", *arguments]
+    runpy.run_module("experiments.run", run_name="__main__", alter_sys=True)  # exits with the run's own status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

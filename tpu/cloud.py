@@ -1,0 +1,149 @@
+"""The verbs that ask for slices, look at them and delete them."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from tpu import slices
+from tpu.accelerators import PRICES_ARE
+from tpu.checks import check_name, check_run_dir, check_word, check_writable
+from tpu.errors import CloudError, NotFound, TpuError
+from tpu.gcloud import Gcloud
+from tpu.slices import LABEL, Slice
+
+EMAIL = r"[a-z0-9-]+@[a-z0-9.-]+\.gserviceaccount\.com"
+# Object access to the one bucket, and what the VM's own agents write. A run asks the TPU API nothing.
+PROJECT_ROLES = ("roles/logging.logWriter", "roles/monitoring.metricWriter")
+BUCKET_ROLE = "roles/storage.objectUser"
+
+
+def create(gcloud: Gcloud, wanted: Slice, run_dir: str, valid_until: str) -> None:
+    """Asks for a slice, after all that can be checked from here."""
+    check_name(wanted.name)
+    if wanted.spot and wanted.reserved:
+        raise TpuError("--spot and --reserved exclude each other: a reservation is not preempted.")
+    if wanted.count < 1:
+        raise TpuError(f"--slices {wanted.count}: at least 1.")
+    if valid_until:
+        check_word("--valid-until", valid_until, r"(\d+[smhd])+", "6h")
+    if wanted.service_account:
+        check_word("--service-account", wanted.service_account, EMAIL, "NAME@PROJECT.iam.gserviceaccount.com")
+    if run_dir:
+        check_writable(gcloud, check_run_dir(run_dir))
+    if not wanted.service_account:
+        _note(
+            "without --service-account the VMs act as the project's default account, which may do too much."
+        )
+    assert wanted.type is not None
+    rate = wanted.count * wanted.type.dollars_per_hour
+    _note(f"asking for {wanted}: {rate:.2f} $ an hour once it runs ({PRICES_ARE}).")
+    slices.create(gcloud, wanted, valid_until)
+    _note(f"next: python -m tpu {'wait' if wanted.queued else 'setup'} {wanted.name}")
+
+
+def wait(gcloud: Gcloud, name: str, every: float, minutes: float, sleep: Callable[[float], None] = time.sleep) -> Slice:
+    """Until the slice can be used.
+
+    Raises:
+      CloudError: it never will, or not within so many minutes (0: no limit), or gcloud fails five times in a row.
+    """
+    waited, failures, last = 0.0, 0, ""
+    while True:
+        try:
+            found, failures = slices.find(gcloud, check_name(name)), 0
+        except NotFound:
+            raise
+        except CloudError as error:
+            failures += 1
+            if failures == 5:
+                raise
+            _note(f"{error} (trying again)")
+        else:
+            if found.state != last:
+                _note(f"{found} is {found.state}{f': {found.why}' if found.why else ''}")
+                last = found.state
+            if found.ready:
+                return found
+            if found.gone:
+                raise CloudError(f"{name} is {found.state} {found.why}".strip() + f"; python -m tpu delete {name}")
+        if minutes and waited >= minutes * 60:
+            raise CloudError(f"{name} is still {last or 'unknown'} after {minutes:g} minutes; it stays in the queue.")
+        sleep(every)
+        waited += every
+
+
+def table(found: Sequence[Slice], price: float | None, zone: str | None) -> str:
+    """One line a slice, with what it has cost so far; `price`: dollars per chip-hour instead of the list's."""
+    if not found:
+        return f"No slice bears the label {LABEL!r}{f' in {zone}' if zone else ''}; --zone=- asks all zones."
+    columns = ("NAME", "STATE", "TYPE", "HOW", "AGE", "PREEMPTIONS", "$/HOUR", "$ SO FAR")
+    rows = [columns, *(_row(one, price) for one in found)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    basis = PRICES_ARE if price is None else f"{price:g} $ per chip-hour"
+    lines.append(f"$: an estimate, chips x hours x {basis}. Spot and committed use cost less, waiting in line nothing.")
+    return "\n".join(lines)
+
+
+def _row(one: Slice, price: float | None) -> tuple[str, ...]:
+    now = datetime.datetime.now(datetime.UTC)
+    times = f"{one.count} x " if one.count > 1 else ""
+    dollars = price if price is not None else one.type.generation.dollars if one.type else None
+    age = f"{one.hours(now):.1f} h" if one.created and not one.gone else "-"
+    cost = ("?", "?") if dollars is None else (f"{one.chips * dollars:.2f}", f"{one.chip_hours(now) * dollars:.2f}")
+    type = f"{times}{one.type.name}" if one.type else "?"
+    return (one.name, one.state, type, one.how, age, str(one.preemptions), *cost)
+
+
+def delete(gcloud: Gcloud, name: str, yes: bool, ask: Callable[[str], str] = input) -> None:
+    found = slices.find(gcloud, check_name(name))
+    if gcloud.dry_run:
+        print("# then, if it bears the label and you type its name, whichever of the two it is:")
+        for queued in (True, False):
+            slices.delete(gcloud, dataclasses.replace(found, queued=queued))
+        return
+    slices.check_label(found)
+    print("This deletes, with all that is on its disks:")
+    print(f"  {'queued resource' if found.queued else 'TPU VM'}  {found.path or name}  ({found.state}, {found})")
+    if found.queued:
+        for node in found.nodes:
+            print(f"  TPU VM  {node}")
+    print("What is in a bucket stays.")
+    if not yes:
+        try:
+            typed = ask(f"Type {name} to delete it: ")
+        except EOFError:
+            raise TpuError("nobody to ask, so nothing was deleted: run this in a terminal, or add --yes.") from None
+        if typed.strip() != name:
+            raise TpuError(f"{typed!r} is not {name!r}: nothing was deleted.")
+    slices.delete(gcloud, found)
+    print(f"Deleted {name}.")
+
+
+def account(gcloud: Gcloud, bucket: str, name: str) -> None:
+    """A service account that may do what a run needs, and nothing else."""
+    if not gcloud.project:
+        raise TpuError("--project: give the project's ID; the account's address contains it.")
+    check_word("--bucket", bucket, r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]/?", "gs://BUCKET")
+    check_word("--name", name, r"[a-z][a-z0-9-]{4,28}[a-z0-9]", "engram-jax, 6 to 30 characters")
+    email = f"{name}@{gcloud.project}.iam.gserviceaccount.com"
+    member = f"--member=serviceAccount:{email}"
+    try:
+        gcloud.change("iam", "service-accounts", "create", name, "--display-name=engram_jax runs", zonal=False)
+    except CloudError as error:
+        if "already exists" not in str(error).lower():
+            raise
+    binding = "add-iam-policy-binding"
+    gcloud.change("storage", "buckets", binding, bucket.rstrip("/"), member, f"--role={BUCKET_ROLE}", zonal=False)
+    for role in PROJECT_ROLES:
+        gcloud.change("projects", binding, gcloud.project, member, f"--role={role}", "--condition=None", zonal=False)
+    _note(f"{email} may use the objects in {bucket} and write logs and metrics. Give it to create --service-account.")
+
+
+def _note(text: str) -> None:
+    """For the eye: a dry run's standard output holds commands only."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,13 @@
+"""The exceptions that a user sees: one clear line each, with what is wrong, its value and the remedy."""
+
+
+class TpuError(Exception):
+    """A mistake in the arguments: nothing was done. `python -m tpu` prints it and exits with 2."""
+
+
+class CloudError(TpuError):
+    """gcloud, or a worker, refused. `python -m tpu` exits with 1."""
+
+
+class NotFound(CloudError):
+    """The resource does not exist (any more)."""

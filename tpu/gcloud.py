@@ -1,0 +1,110 @@
+"""Runs gcloud: argument lists, never a shell; --dry-run prints them instead."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+from tpu.errors import CloudError, NotFound
+
+# What gcloud's message contains -> what to do about it. The first that matches counts.
+REMEDIES = {
+    "quota": "Ask for quota: https://cloud.google.com/tpu/docs/quota",
+    "capacity|resource_exhausted|stockout": "Add --queued to wait in line, or try --spot or another --zone.",
+    "has not been used in project|service_disabled": "First: gcloud services enable tpu.googleapis.com",
+    "already.?exists": "See python -m tpu status; choose another name, or delete that one.",
+    "not currently set|required property|must be specified|underspecified": "Give --project and --zone, or set them: "
+    "gcloud config set compute/zone ZONE",
+    "reauth|gcloud auth login|no credentialed|active account": "First: gcloud auth login",
+    "permission|forbidden|403|does not have": "Your account lacks a right; see 'Rights' in tpu/README.md.",
+}
+NOT_FOUND = re.compile(r"not_found|not found|could not find|404", re.IGNORECASE)
+
+
+@dataclasses.dataclass
+class Gcloud:
+    project: str | None = None
+    zone: str | None = None
+    dry_run: bool = False
+    patience: float = 180
+    """Seconds after which a gcloud that only reads is taken for dead."""
+
+    def words(self, *arguments: str, zonal: bool = True) -> list[str]:
+        """The full command. gcloud's own configuration stands in for a project or zone that is not given."""
+        words = ["gcloud", *arguments]
+        # Behind a bare "--" everything belongs to ssh.
+        end = words.index("--") if "--" in words else len(words)
+        words[end:end] = [f"--zone={self.zone}"] * (zonal and self.zone is not None)
+        words[end:end] = [f"--project={self.project}"] * (self.project is not None)
+        return words
+
+    def show(self, words: list[str], stdin: str = "") -> None:
+        print(shlex.join(words) + stdin)
+
+    def read(self, *arguments: str) -> Any:
+        """What a command that changes nothing answers, from JSON; None on a dry run.
+
+        Raises:
+          NotFound: there is no such thing.
+          CloudError: it failed otherwise.
+        """
+        words = self.words(*arguments, "--format=json")
+        if self.dry_run:
+            return self.show(words)
+        output = self._capture(words, self.patience)
+        try:
+            return json.loads(output or "null")
+        except json.JSONDecodeError:
+            raise CloudError(f"gcloud answered something that is not JSON to: {shlex.join(words)}") from None
+
+    def change(self, *arguments: str, zonal: bool = True, seconds: float | None = None) -> str:
+        """Runs a command that asks no questions, with nothing on its standard input; returns what it printed."""
+        words = self.words(*arguments, "--quiet", zonal=zonal)
+        if self.dry_run:
+            self.show(words, " < /dev/null" if "-" in arguments else "")
+            return ""
+        return self._capture(words, seconds)
+
+    def hand_over(self, *arguments: str) -> int:
+        """Runs a command on the user's own terminal; returns its exit status."""
+        words = self.words(*arguments)
+        if self.dry_run:
+            self.show(words)
+            return 0
+        sys.stdout.flush()
+        try:
+            return subprocess.run(words).returncode
+        except FileNotFoundError:
+            raise CloudError(MISSING) from None
+        except KeyboardInterrupt:  # the terminal has sent it to gcloud too
+            return 130
+
+    def _capture(self, words: list[str], seconds: float | None) -> str:
+        try:
+            done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds)
+        except FileNotFoundError:
+            raise CloudError(MISSING) from None
+        except subprocess.TimeoutExpired:
+            raise CloudError(f"gcloud has not answered for {seconds:g} s: {shlex.join(words)}") from None
+        if done.returncode:
+            raise failure(done.stderr, done.returncode)
+        return done.stdout
+
+
+MISSING = "gcloud is not on the PATH: install it (https://cloud.google.com/sdk/docs/install), then gcloud auth login."
+
+
+def failure(stderr: str, status: int) -> CloudError:
+    """gcloud's message as one line, and what to do about it."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    first = next((i for i, line in enumerate(lines) if line.startswith("ERROR")), max(len(lines) - 1, 0))
+    message = " ".join(lines[first : first + 3]) or f"gcloud failed with status {status} and said nothing."
+    if NOT_FOUND.search(message):
+        return NotFound(message)
+    remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, stderr, re.IGNORECASE)), "")
+    return CloudError(f"{message} {remedy}".strip())

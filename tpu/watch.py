@@ -1,0 +1,106 @@
+"""Keeps a run going through preemptions of the whole slice: asks for it again, sets it up, launches, until it is done.
+
+The supervisor on the workers restarts a run whose VM lives. When a spot slice is preempted the VMs are gone, supervisor
+and all; this loop, on a machine of yours, is what brings them back. Its memory is in the slice's labels, so it can be
+stopped and started again anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import sys
+import time
+from collections.abc import Callable
+
+from tpu import slices, work, workers
+from tpu.errors import CloudError, NotFound
+from tpu.gcloud import Gcloud
+from tpu.slices import CHIP_MINUTES, PREEMPTIONS, Slice
+from tpu.workers import Job
+
+
+class Watch:
+    def __init__(self, gcloud: Gcloud, name: str, job: Job, libtpu_flags: bool, delete_when_done: bool):
+        self.gcloud, self.name, self.job = gcloud, name, job
+        self.libtpu_flags, self.delete_when_done = libtpu_flags, delete_when_done
+        self.head = workers.commit()  # every life runs the same code
+        self.lost: Slice | None = None
+        """Deleted by us, and not yet there again."""
+        self.seen: tuple[Slice, datetime.datetime] | None = None
+        """The slice and the time when it was last seen ready."""
+        self._last = ""
+
+    def run(self, every: float, sleep: Callable[[float], None] = time.sleep) -> int:
+        """Returns 0 when the run has finished or was stopped with `stop`, 1 when it failed."""
+        if self.gcloud.dry_run:
+            print("# wherever nothing runs yet; a slice that is gone is deleted and created again first")
+            found = slices.find(self.gcloud, self.name)
+            workers.set_up(self.gcloud, found, self.head)
+            workers.start(self.gcloud, found, self.job)
+            return 0
+        while True:
+            try:
+                done = self.step()
+            except NotFound as error:
+                if self.lost is None:  # deleted by hand: not to be brought back
+                    raise
+                done = self.say(f"{error} (trying again)")
+            except CloudError as error:  # the network, capacity, a worker that is just booting
+                done = self.say(f"{error} (trying again)")
+            if done is not None:
+                return done
+            sleep(every)
+
+    def step(self) -> int | None:
+        """One look, and what it calls for; an exit status when there is nothing more to do."""
+        if self.lost is not None:
+            slices.create(self.gcloud, self.lost)
+            self.lost = None
+            return self.say("asked for it again")
+        found = slices.find(self.gcloud, self.name)
+        if found.gone:
+            return self.replace(found)
+        if not found.ready:
+            return self.say(f"is {found.state}")
+        self.seen = (found, datetime.datetime.now(datetime.UTC))
+        states = {answer.get("state") for answer in workers.statuses(self.gcloud, found)}
+        if states == {"finished"}:
+            self.say("the run has finished")
+            if self.delete_when_done:
+                slices.delete(self.gcloud, found)
+                self.say("deleted")
+            else:
+                self.say(f"and costs until you delete it: python -m tpu delete {self.name}")
+            return 0
+        if "failed" in states:
+            self.say(f"the run cannot go on; see python -m tpu logs {self.name}")
+            return 1
+        if states <= {"stopped", "finished"}:
+            self.say("the run was stopped by hand")
+            return 0
+        if states <= {"running", "pausing", "finished"}:
+            return self.say(f"is {found.state}, the run goes on")
+        if "absent" in states:
+            workers.set_up(self.gcloud, found, self.head)
+        elif states & {"running", "pausing"}:  # some of its supervisors are gone: all begin together again
+            workers.on_workers(self.gcloud, found, workers.stop_command(), "stop")
+        workers.start(self.gcloud, found, work.with_flags(self.job, found, self.libtpu_flags))
+        return self.say("launched")
+
+    def replace(self, found: Slice) -> None:
+        """Deletes what is left of a preempted slice; the next step asks for it again, in the same way."""
+        self.say(f"is {found.state} {found.why}".rstrip() + ": it is deleted and asked for again")
+        spent = found.labels.get(CHIP_MINUTES, "0")
+        if self.seen is not None:
+            before, at = self.seen
+            spent = str(round(before.chip_hours(at) * 60))
+        labels = {**found.labels, CHIP_MINUTES: spent, PREEMPTIONS: str(found.preemptions + (found.state != "FAILED"))}
+        slices.delete(self.gcloud, found)
+        self.lost, self.seen = dataclasses.replace(found, labels=labels), None
+
+    def say(self, text: str) -> None:
+        """Each piece of news once, with the time."""
+        if text != self._last:
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self.name} {text}", file=sys.stderr, flush=True)
+        self._last = text

@@ -1,0 +1,106 @@
+"""The verbs that put a run on a slice and look at it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tpu import cloud, flags, slices, workers
+from tpu.checks import check_name, check_run, check_run_dir, check_secrets, check_writable
+from tpu.errors import CloudError, TpuError
+from tpu.gcloud import Gcloud
+from tpu.slices import Slice
+from tpu.workers import Job
+
+
+def ready(gcloud: Gcloud, name: str) -> Slice:
+    found = slices.find(gcloud, check_name(name))
+    if not found.ready:
+        raise CloudError(f"{name} is {found.state}, not ready; python -m tpu wait {name}")
+    return found
+
+
+def setup(gcloud: Gcloud, name: str, hugepages: bool) -> None:
+    head = workers.commit()
+    workers.set_up(gcloud, ready(gcloud, name), head, hugepages)
+
+
+def job(gcloud: Gcloud, run: str, run_dir: str, overrides: Sequence[str], secrets: str) -> Job:
+    """The job, after all that can be checked from here.
+
+    Raises:
+      TpuError: a setting, the bucket or the file of secrets is wrong.
+    """
+    check_run_dir(run_dir)
+    file = check_secrets(secrets) if secrets else None
+    check_run(run, overrides)
+    check_writable(gcloud, run_dir)
+    return Job(run, run_dir, tuple(overrides), file)
+
+
+def launch(gcloud: Gcloud, name: str, wanted: Job, libtpu_flags: bool) -> None:
+    found = ready(gcloud, name)
+    workers.start(gcloud, found, with_flags(wanted, found, libtpu_flags))
+
+
+def with_flags(wanted: Job, found: Slice, libtpu_flags: bool) -> Job:
+    if not libtpu_flags or found.type is None:
+        return wanted
+    return Job(
+        wanted.run, wanted.run_dir, wanted.overrides, wanted.secrets, flags.libtpu_init_args(found.type.generation)
+    )
+
+
+def stop(gcloud: Gcloud, name: str) -> None:
+    workers.on_workers(gcloud, ready(gcloud, name), workers.stop_command(), "stop")
+
+
+def logs(gcloud: Gcloud, name: str, worker: str, lines: int, follow: bool) -> None:
+    if worker != "all" and not worker.isdigit():
+        raise TpuError(f"--worker {worker!r}: a number, or all.")
+    command = workers.log_command(lines, follow)
+    status = gcloud.hand_over(*slices.ssh(ready(gcloud, name), command, worker))
+    if status not in (0, 130):  # 130: Ctrl-C, the way out of --follow
+        raise CloudError(f"no log from {name} (status {status}); was a run launched there?")
+
+
+def status(gcloud: Gcloud, name: str, price: float | None) -> None:
+    """The table of slices; of a single one also what the supervisors on its workers say."""
+    found = [slices.find(gcloud, check_name(name))] if name else slices.list_all(gcloud)
+    if not gcloud.dry_run:
+        print(cloud.table(found, price, gcloud.zone))
+    if not name or not found[0].ready:
+        return
+    for answer in workers.statuses(gcloud, found[0]):
+        about = f"{answer['restarts']} restarts, {answer['run_dir']}" if "run_dir" in answer else ""
+        print(f"supervisor: {answer.get('state')}  {about}  {answer.get('last_line', '')}".rstrip())
+
+
+def ssh(gcloud: Gcloud, name: str, worker: str) -> int:
+    return gcloud.hand_over(*slices.ssh(ready(gcloud, name), workers=worker))
+
+
+def tunnel(gcloud: Gcloud, name: str, run_dir: str, port: int) -> int:
+    """TensorBoard on worker 0, at localhost:PORT here; both end with Ctrl-C."""
+    check_run_dir(run_dir)
+    found = ready(gcloud, name)
+    print(f"http://localhost:{port} in a moment; Ctrl-C ends it.", file=sys.stderr)
+    command = workers.tensorboard_command(run_dir, port)
+    return gcloud.hand_over(*slices.ssh(found, command, "0", workers.tunnel(port)))
+
+
+def profile(gcloud: Gcloud, name: str, seconds: int, to: str) -> None:
+    """A trace of worker 0, copied here."""
+    if not 1 <= seconds <= 60:
+        raise TpuError(f"--seconds {seconds}: between 1 and 60; a few steps are enough, and traces are large.")
+    found, target = ready(gcloud, name), Path(to).expanduser().absolute() / name
+    workers.on_workers(gcloud, found, workers.profile_command(seconds), "profile", "0")
+    if not gcloud.dry_run:
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    words = slices.scp(found, f"{name}:~/.engram_jax/profile", str(target), "0")
+    if status := gcloud.hand_over(*words, "--recurse"):
+        raise CloudError(f"the trace could not be copied to {target} (status {status}).")
+    print(f"Look at it: uvx --with xprof tensorboard --logdir {target.parent}", file=sys.stderr)

@@ -1,0 +1,183 @@
+"""What happens on the workers: command lines for their shells, every word of the user's quoted, and their answers.
+
+On a worker, ~/engram_jax is a link to the folder of the commit that was set up last, and ~/.engram_jax (readable by its
+owner only) holds the supervisor's files and the secrets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tpu import STATUS_MARK, slices
+from tpu.checks import REPOSITORY
+from tpu.errors import CloudError, TpuError
+from tpu.gcloud import Gcloud
+from tpu.slices import Slice
+
+UV_VERSION = "0.13.9"
+PYTHON = ".venv/bin/python"
+HERE = 'cd "$HOME"/engram_jax'
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What `launch` and `watch` start."""
+
+    run: str
+    run_dir: str
+    overrides: tuple[str, ...] = ()
+    secrets: Path | None = None
+    libtpu_flags: str = ""
+
+
+def on_workers(gcloud: Gcloud, found: Slice, command: str, doing: str, workers: str = "all") -> None:
+    """Runs a line of shell on the workers, their output on the terminal.
+
+    Raises:
+      CloudError: it failed on any of them.
+    """
+    if status := gcloud.hand_over(*slices.ssh(found, command, workers)):
+        raise CloudError(f"{doing} on {found.name} failed with status {status}; what it printed is above.")
+
+
+def send(gcloud: Gcloud, found: Slice, source: str, target: str) -> None:
+    if status := gcloud.hand_over(*slices.scp(found, source, f"{found.name}:{target}")):
+        raise CloudError(f"copying {source} to {found.name} failed with status {status}; what it printed is above.")
+
+
+def commit(repository: Path = REPOSITORY) -> str:
+    """The commit that set-up ships: HEAD of this checkout.
+
+    Raises:
+      TpuError: this is no git checkout.
+    """
+    try:
+        head = _git(repository, "rev-parse", "HEAD")
+        dirty = _git(repository, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        raise TpuError(f"{repository} is not a git checkout: set-up ships a commit, so clone the project.") from None
+    if dirty:
+        print(
+            f"Note: {len(dirty.splitlines())} changed files are not shipped; commit them if they should be.",
+            file=sys.stderr,
+        )
+    return head
+
+
+def _git(repository: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def set_up(gcloud: Gcloud, found: Slice, head: str, hugepages: bool = False) -> None:
+    """Ships the commit and installs what uv.lock pins, for the user alone."""
+    folder = f"engram_jax-{head[:12]}"
+    with tempfile.TemporaryDirectory() as temporary:
+        archive = str(Path(temporary) / f"{folder}.tar.gz")
+        pack = ["git", "-C", str(REPOSITORY), "archive", "--format=tar.gz", "-o", archive, head]
+        if gcloud.dry_run:
+            print(shlex.join(["mkdir", "-p", temporary]))
+            gcloud.show(pack)
+        else:
+            subprocess.run(pack, check=True)
+        send(gcloud, found, archive, f"{folder}.tar.gz")
+    on_workers(gcloud, found, set_up_command(folder, hugepages), "set-up")
+
+
+def set_up_command(folder: str, hugepages: bool) -> str:
+    uv = '"$HOME"/.local/bin/uv'
+    lines = [
+        "set -eu; umask 077",
+        f'cd "$HOME"; mkdir -p .engram_jax {folder}; tar -xzf {folder}.tar.gz -C {folder}; rm {folder}.tar.gz',
+        # Into ~/.local/bin, and no line is added to the shell's start-up files.
+        f"{uv} --version 2>/dev/null | grep -qF 'uv {UV_VERSION} ' || curl -LsSf https://astral.sh/uv/{UV_VERSION}/install.sh"
+        ' | env UV_INSTALL_DIR="$HOME"/.local/bin UV_NO_MODIFY_PATH=1 sh',
+        f"cd {folder}; {uv} sync --frozen --extra tpu",
+        f'ln -sfn {folder} "$HOME"/engram_jax',
+        f'{PYTHON} -c \'import jax, socket; print("set up:", socket.gethostname(), "jax", jax.__version__)\'',
+    ]
+    if hugepages:  # the only line that needs root
+        lines.append("sudo sh -c 'echo always > /sys/kernel/mm/transparent_hugepage/enabled'")
+    return "\n".join(lines)
+
+
+def start(gcloud: Gcloud, found: Slice, job: Job) -> None:
+    """Starts the job under a supervisor on every worker, and returns when all of them have taken it on."""
+    if job.secrets:
+        # The folder is closed to others before the file arrives, so the file is never open to them.
+        on_workers(gcloud, found, 'mkdir -p -m 700 "$HOME"/.engram_jax && chmod 700 "$HOME"/.engram_jax', "launch")
+        send(gcloud, found, str(job.secrets), ".engram_jax/secrets.env")
+    on_workers(gcloud, found, start_command(job), "launch")
+
+
+def start_command(job: Job) -> str:
+    child = [PYTHON, "-m", "tpu.child", job.run, "--run_dir", job.run_dir, *job.overrides]
+    words = [PYTHON, "-m", "tpu.supervise", "--run-dir", job.run_dir, "--", *child]
+    flags = f"LIBTPU_INIT_ARGS={shlex.quote(job.libtpu_flags)} " if job.libtpu_flags else ""
+    return f"{HERE} && {flags}{shlex.join(words)}"
+
+
+def stop_command() -> str:
+    return f"{HERE} && {PYTHON} -m tpu.supervise --stop"
+
+
+def log_command(lines: int, follow: bool) -> str:
+    return f'tail -n {lines} {"-F " * follow}"$HOME"/.engram_jax/run.log'
+
+
+def status_command() -> str:
+    return f'{HERE} 2>/dev/null && {PYTHON} -m tpu.supervise --status || echo \'{STATUS_MARK}{{"state": "absent"}}\''
+
+
+def statuses(gcloud: Gcloud, found: Slice) -> list[dict[str, Any]]:
+    """What each worker's supervisor says; "absent" where nothing was set up.
+
+    Raises:
+      CloudError: a worker cannot be reached.
+    """
+    output = gcloud.change(*slices.ssh(found, status_command()), seconds=gcloud.patience)
+    lines = re.findall(rf"^.*{re.escape(STATUS_MARK)}(.*)$", output, re.MULTILINE)
+    try:
+        answers = [json.loads(line) for line in lines]
+    except json.JSONDecodeError:
+        raise CloudError(
+            f"the workers of {found.name} answered something else than a status: {output[:200]!r}"
+        ) from None
+    if len(answers) < found.hosts and not gcloud.dry_run:
+        raise CloudError(f"{len(answers)} of {found.hosts} workers of {found.name} answered.")
+    return answers
+
+
+def tensorboard_command(run_dir: str, port: int) -> str:
+    # In an environment of its own: the training's stays as uv.lock has it. gcsfs reads gs:// folders.
+    words = [
+        "tool",
+        "run",
+        "--from",
+        "tensorboard==2.20.0",
+        "--with",
+        "gcsfs",
+        "--with",
+        "setuptools<81",
+        "tensorboard",
+    ]
+    words += ["--logdir", run_dir, "--host", "localhost", "--port", str(port)]
+    return f'"$HOME"/.local/bin/uv {shlex.join(words)}'
+
+
+def profile_command(seconds: int) -> str:
+    return f"{HERE} && {PYTHON} -m tpu.child --profile {seconds}"
+
+
+def tunnel(port: int) -> Sequence[str]:
+    """ssh's own arguments: forward the port, and hang up on TensorBoard when the tunnel closes (-t -t)."""
+    return ["-t", "-t", "-L", f"{port}:localhost:{port}"]
