@@ -35,9 +35,7 @@ def create(gcloud: Gcloud, wanted: Slice, run_dir: str, valid_until: str) -> Non
     if run_dir:
         check_writable(gcloud, check_run_dir(run_dir))
     if not wanted.service_account:
-        _note(
-            "without --service-account the VMs act as the project's default account, which may do too much."
-        )
+        _note("without --service-account the VMs act as the project's default account, which may do too much.")
     assert wanted.type is not None
     rate = wanted.count * wanted.type.dollars_per_hour
     _note(f"asking for {wanted}: {rate:.2f} $ an hour once it runs ({PRICES_ARE}).")

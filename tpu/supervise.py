@@ -242,7 +242,7 @@ def launch(command: Sequence[str], run_dir: str, files: Files) -> int:
         try:
             status = Supervisor(command, run_dir, files).run(lock)
         except Exception as error:  # such as a command that does not exist
-            files.log(f"the supervisor failed: {error!r}")
+            files.log(f"the supervisor failed: {error}")
             files.save(state="failed", status=status, restarts=0, run_dir=run_dir, pid=os.getpid(), child=None)
         os._exit(status & 0xFF)
 
