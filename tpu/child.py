@@ -25,7 +25,7 @@ class Requests:
         """Asks the run for a trace and waits for it."""
         shutil.rmtree(self.trace, ignore_errors=True)
         self.answered.unlink(missing_ok=True)
-        self.asked.write_text(json.dumps(seconds))
+        _write(self.asked, json.dumps(seconds))
         until = time.monotonic() + seconds + patience
         while not self.answered.exists():
             if time.monotonic() > until:
@@ -54,13 +54,20 @@ class Requests:
                 time.sleep(seconds)
         except Exception as error:  # a profiler's trouble must not end the run
             message = f"error: {error}"
-        self.answered.write_text(message)
+        _write(self.answered, message)
+
+
+def _write(file: Path, text: str) -> None:
+    """At once, for a reader that waits for the file."""
+    whole = file.with_suffix(".new")
+    whole.write_text(text)
+    whole.replace(file)
 
 
 def _backends_exist() -> bool:
     """Whether the run has found its devices: a trace that began before would keep it from joining the other hosts."""
     bridge = sys.modules.get("jax._src.xla_bridge")
-    return bridge is not None and bridge.backends_are_initialized()
+    return getattr(bridge, "backends_are_initialized", lambda: False)()  # the module may be half imported
 
 
 def main(arguments: list[str]) -> int:

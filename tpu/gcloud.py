@@ -36,12 +36,8 @@ class Gcloud:
 
     def words(self, *arguments: str, zonal: bool = True) -> list[str]:
         """The full command. gcloud's own configuration stands in for a project or zone that is not given."""
-        words = ["gcloud", *arguments]
-        # Behind a bare "--" everything belongs to ssh.
-        end = words.index("--") if "--" in words else len(words)
-        words[end:end] = [f"--zone={self.zone}"] * (zonal and self.zone is not None)
-        words[end:end] = [f"--project={self.project}"] * (self.project is not None)
-        return words
+        where = {"project": self.project, "zone": self.zone if zonal else None}
+        return ["gcloud", *arguments, *(f"--{name}={value}" for name, value in where.items() if value is not None)]
 
     def show(self, words: list[str], stdin: str = "") -> None:
         print(shlex.join(words) + stdin)

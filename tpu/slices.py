@@ -279,7 +279,7 @@ def _time(text: Any) -> datetime.datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=datetime.UTC)
 
 
-def ssh(found: Slice, command: str = "", workers: str = "all", ssh_arguments: Sequence[str] = ()) -> list[str]:
+def ssh(found: Slice, command: str = "", workers: str = "all", ssh_flags: Sequence[str] = ()) -> list[str]:
     """The gcloud command that runs `command`, a line for the remote shell, on worker 0 or on all workers."""
     words = [*(QUEUED if found.count > 1 else VM), "ssh", found.name]
     if found.count > 1:
@@ -287,7 +287,7 @@ def ssh(found: Slice, command: str = "", workers: str = "all", ssh_arguments: Se
     words.append(f"--worker={workers}")
     if command:
         words.append(f"--command={command}")
-    return [*words, *(["--", *ssh_arguments] if ssh_arguments else [])]
+    return [*words, *(f"--ssh-flag={flag}" for flag in ssh_flags)]
 
 
 def scp(found: Slice, source: str, target: str, workers: str = "all") -> list[str]:

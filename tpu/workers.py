@@ -13,7 +13,6 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +177,6 @@ def profile_command(seconds: int) -> str:
     return f"{HERE} && {PYTHON} -m tpu.child --profile {seconds}"
 
 
-def tunnel(port: int) -> Sequence[str]:
-    """ssh's own arguments: forward the port, and hang up on TensorBoard when the tunnel closes (-t -t)."""
-    return ["-t", "-t", "-L", f"{port}:localhost:{port}"]
+def tunnel(port: int) -> list[str]:
+    """ssh's own flags: forward the port, and hang up on TensorBoard when the tunnel closes."""
+    return ["-t -t", f"-L {port}:localhost:{port}"]

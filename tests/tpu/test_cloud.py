@@ -274,21 +274,8 @@ def test_types_and_help(cloud):
     assert "v5p-8, 16, 32, 64 and multiples" in cloud.run("types")[1]
     status, output, _ = cloud.run("--help")
     assert status == 0 and "quick start" in output
-    for verb in [
-        "account",
-        "create",
-        "wait",
-        "setup",
-        "launch",
-        "watch",
-        "status",
-        "logs",
-        "ssh",
-        "tunnel",
-        "profile",
-        "stop",
-        "delete",
-    ]:
+    verbs = "account create wait setup launch watch status logs ssh tunnel profile stop delete"
+    for verb in verbs.split():
         status, output, _ = cloud.run(verb, "--help")
         assert status == 0 and "--dry-run" in output
     assert cloud.calls == []

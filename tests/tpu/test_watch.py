@@ -147,7 +147,7 @@ def test_what_was_deleted_by_hand_stays_deleted(cloud):
     assert changes(cloud) == []
 
 
-def test_what_is_not_ours_is_not_deleted(cloud):
+def test_what_is_not_ours_is_not_deleted(cloud, trusting):
     cloud.on("tpu-vm describe", stdout=json.dumps(vm(state="PREEMPTED", labels={})))
     status, _, error = cloud.run("watch", "mine", "engram_small", "--run-dir", "gs://bucket/r")
     assert status == 2 and "lacks the label" in error and changes(cloud) == []

@@ -177,9 +177,8 @@ def test_ssh_and_tunnel(cloud):
     assert cloud.run("ssh", "mine", "--worker", "1", "--zone", "z")[0] == 3
     assert cloud.calls[-1] == ["compute", "tpus", "tpu-vm", "ssh", "mine", "--worker=1", "--zone=z"]
     cloud.run("tunnel", "mine", "--run-dir", RUN_DIR, "--port", "7007", "--zone", "z")
-    *_, command, zone, bare = cloud.calls[-1][: cloud.calls[-1].index("--") + 1]
-    assert (zone, bare) == ("--zone=z", "--")
-    assert cloud.calls[-1][-4:] == ["-t", "-t", "-L", "7007:localhost:7007"]
+    *_, command, terminal, forward, zone = cloud.calls[-1]
+    assert (terminal, forward, zone) == ("--ssh-flag=-t -t", "--ssh-flag=-L 7007:localhost:7007", "--zone=z")
     assert RUN_DIR in shlex.split(command.removeprefix("--command="))
 
 
