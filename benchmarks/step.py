@@ -14,7 +14,7 @@ from benchmarks.common import header
 from benchmarks.memory import rounds
 from engram_jax.data.loader import load_data, train_batches
 from engram_jax.training.assembly import assemble
-from engram_jax.training.loop import to_devices
+from engram_jax.training.feed import Feed
 from engram_jax.training.planner import Planner
 from engram_jax.training.step import make_train_step
 from experiments.registry import build
@@ -36,7 +36,8 @@ class Run:
             jax.set_mesh(self.parts.mesh),
             train_batches(text.train, config.data.batch_size, config.data.seed) as batches,
         ):
-            self.state, self.batch = self.parts.init_state(), to_devices(next(batches), self.parts.mesh)
+            self.state = self.parts.init_state()
+            self.batch = Feed(self.parts.mesh, config.data.batch_size).whole(next(batches))
             self.planner, self.step = Planner(self.parts.store), make_train_step(self.parts)
 
     def __call__(self) -> jax.Array:

@@ -87,7 +87,8 @@ def measure(options: Options) -> None:
                 against = f"   {plain[rows] / seconds:6.1f} x faster than take + dense" if rows in plain else ""
                 print(
                     f"  {placement:18} {rows:>11,} rows  {seconds * 1e3:8.1f} ms  {seconds / first:5.2f} x the first"
-                    f"  {seconds / entry.distinct_rows() * 1e9:5.0f} ns for each distinct row  {entry.memory()}{against}"
+                    f"  {seconds / entry.distinct_rows() * 1e9:5.0f} ns for each distinct row"
+                    f"  {entry.memory()}{against}"
                 )
             del entries, entry
             gc.collect()

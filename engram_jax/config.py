@@ -150,6 +150,9 @@ class MoEConfig:
     """Weight of the sequence-level balance loss."""
     implementation: Literal["auto", "every_expert", "ragged", "blocked"] = "auto"
     """How the routed experts are computed; all are dropless and equal (layers/moe.py)."""
+    capacity_factor: float = 1.5
+    """With train.mesh_expert: room in a block of the exchange, relative to evenly routed tokens. What does not fit is
+    carried in further rounds, so it changes speed and memory, not the numbers (layers/expert_parallel.py)."""
 
     def __post_init__(self):
         _check_literals(self)
@@ -159,6 +162,7 @@ class MoEConfig:
                 f"num_experts_per_tok={self.num_experts_per_tok} must lie in "
                 f"1..n_routed_experts={self.n_routed_experts}.",
             )
+        require(self.capacity_factor > 0, f"moe.capacity_factor={self.capacity_factor} must be positive.")
 
     @property
     def enabled(self) -> bool:
@@ -347,11 +351,17 @@ class TrainConfig:
     """Devices on the data axis (-1: all that the other axes leave)."""
     mesh_fsdp: int = 1
     """Devices over which parameters are sharded."""
+    mesh_expert: int = 1
+    """Devices over which routed experts are distributed; other parameters are sharded over them too."""
+    mesh_context: int = 1
+    """Devices over which each sequence is cut."""
+    mesh_tensor: int = 1
+    """Devices over which heads, feed-forward widths and the vocabulary are cut."""
 
     def __post_init__(self):
         require(self.steps > 0, f"steps={self.steps} must be positive.")
         require(self.grad_accum > 0, f"grad_accum={self.grad_accum} must be positive.")
-        for name in ("log_every", "eval_batches", "eval_batches_final"):
+        for name in ("log_every", "eval_batches", "eval_batches_final", "mesh_expert", "mesh_context", "mesh_tensor"):
             require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive.")
 
 

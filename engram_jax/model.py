@@ -25,7 +25,7 @@ from engram_jax.layers.ffn import FFN
 from engram_jax.layers.hyper_connections import HyperConnection, read_streams, write_streams
 from engram_jax.layers.moe import Buffer, MoE, MoEStats, updated_bias
 from engram_jax.layers.norm import RMSNorm
-from engram_jax.sharding import spec
+from engram_jax.sharding import in_use, spec
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -153,15 +153,18 @@ class Model(nnx.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         attend_ids_BT = None if config.attend_across_documents else segment_ids_BT
         activations = spec("batch", "seq", "act")
-        x_BTD = self.embedding_vd[...].at[tokens_BT].get(out_sharding=activations).astype(config.dtype)
+        table_VD = in_use(self.embedding_vd[...], "vocab", "embed", dtype=config.dtype)
+        x_BTD = table_VD.at[tokens_BT].get(out_sharding=activations)
         # The embedding enters every stream alike, and their mean leaves.
         x_BTMD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], config.hc_mult, x_BTD.shape[-1]))
         stats = {}
         for segment in segments(config):
             if segment.reads_memory and rows is not None:
                 with jax.named_scope("engram"):
-                    layer = str(segment.start)
-                    x_BTMD = x_BTMD + self.engram[layer](x_BTMD, rows[layer], segment_ids_BT)
+                    layer, own = str(segment.start), rows[str(segment.start)]
+                    if (batch := spec("batch", "seq", None, None)) is not None:
+                        own = jax.reshard(own, batch)
+                    x_BTMD = x_BTMD + self.engram[layer](x_BTMD, own, segment_ids_BT)
 
             def run_block(x, block):
                 return block(x, positions_BT, attend_ids_BT)

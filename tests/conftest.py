@@ -12,6 +12,22 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+MESHES = {
+    "data, fsdp": {"data": 2, "fsdp": 4},
+    "fsdp, expert": {"data": 1, "fsdp": 2, "expert": 4},
+    "expert, tensor": {"data": 2, "expert": 2, "tensor": 2},
+    "fsdp, context, tensor": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
+}
+
+
+@pytest.fixture(params=MESHES)
+def mesh(request):
+    """Eight devices in different shapes, every axis but `data` cut in one of them at least."""
+    from engram_jax.sharding import make_mesh
+
+    return make_mesh(**MESHES[request.param])
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from engram_jax.sharding import LOGICAL_TO_MESH, MESH_AXES, make_mesh, spec
+from engram_jax.sharding import BATCH, LOGICAL_TO_MESH, MESH_AXES, make_mesh, spec
 
 
 def test_the_tests_have_eight_devices():
@@ -15,20 +15,35 @@ def test_the_tests_have_eight_devices():
 
 @pytest.mark.parametrize(
     ("arguments", "shape"),
-    [({}, (8, 1)), ({"fsdp": 4}, (2, 4)), ({"data": 1, "fsdp": 8}, (1, 8)), ({"data": 4, "fsdp": 2}, (4, 2))],
+    [
+        ({}, (8, 1, 1, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1, 1, 1)),
+        ({"data": 1, "fsdp": 8}, (1, 8, 1, 1, 1)),
+        ({"fsdp": 2, "expert": 2}, (2, 2, 2, 1, 1)),
+        ({"context": 2, "tensor": 4}, (1, 1, 1, 2, 4)),
+    ],
 )
 def test_a_mesh_uses_every_device(arguments, shape):
     mesh = make_mesh(**arguments)
     assert tuple(mesh.shape.items()) == tuple(zip(MESH_AXES, shape, strict=True))
-    assert mesh.axis_types == (AxisType.Explicit,) * 2
+    assert mesh.axis_types == (AxisType.Explicit,) * 5
     assert make_mesh(devices=jax.devices()[:2]).size == 2
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"fsdp": 3}, {"fsdp": 16}, {"data": 4}, {"data": 2, "fsdp": 2}, {"data": 0, "fsdp": 8}]
+    "arguments",
+    [
+        {"expert": 3},
+        {"tensor": 0},
+        {"fsdp": 3},
+        {"fsdp": 16},
+        {"data": 4},
+        {"data": 2, "fsdp": 2},
+        {"data": 0, "fsdp": 8},
+    ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"does not use all 8 devices: set train\.mesh_fsdp to a divisor of 8"):
+    with pytest.raises(ValueError, match=r"does not use all 8 devices: set train\.mesh_fsdp .* to factors of 8"):
         make_mesh(**arguments)
 
 
@@ -39,8 +54,8 @@ def test_spec_is_none_outside_a_mesh():
 
 def test_spec_names_mesh_axes():
     with jax.set_mesh(make_mesh(fsdp=4)):
-        assert spec("batch", "seq", "act") == P(("data", "fsdp"), None, None)
-        assert spec("embed", None) == P("fsdp", None)
+        assert spec("batch", "seq", "act") == P(BATCH, "context", None)
+        assert spec("embed", None) == P(("fsdp", "expert", "context"), None)
         with pytest.raises(KeyError):
             spec("embedding")
 
@@ -62,6 +77,6 @@ def test_a_contraction_says_where_its_result_lies():
     expected = project(x, weight)
     mesh = make_mesh(fsdp=4)
     with jax.set_mesh(mesh):
-        sharded = jax.jit(project)(jax.device_put(x, P(("data", "fsdp"))), jax.device_put(weight, P("fsdp")))
-    assert sharded.sharding == NamedSharding(mesh, P(("data", "fsdp"), None))
+        sharded = jax.jit(project)(jax.device_put(x, P(BATCH)), jax.device_put(weight, P("fsdp")))
+    assert sharded.sharding == NamedSharding(mesh, P(BATCH, None))
     assert jnp.allclose(jax.device_get(sharded), expected, atol=1e-6)

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
+from jax.sharding import PartitionSpec as P
 
 from engram_jax.config import AttentionConfig, ModelConfig
 from engram_jax.layers.norm import RMSNorm
 from engram_jax.layers.rope import rope
-from engram_jax.sharding import spec
+from engram_jax.layers.splash import splash_attention
+from engram_jax.sharding import in_use, platform, sharding_of, spec
 
 
 def causal_mask(length: int, segment_ids_BT: jax.Array | None) -> jax.Array:
@@ -25,7 +27,20 @@ def causal_mask(length: int, segment_ids_BT: jax.Array | None) -> jax.Array:
     causal_1TS = jnp.tril(jnp.ones((1, length, length), bool))
     if segment_ids_BT is None:
         return causal_1TS
-    return causal_1TS & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
+    return causal_1TS & (segment_ids_BT[:, :, None] == whole_sequence(segment_ids_BT)[:, None, :])
+
+
+def whole_sequence(x_BT: jax.Array) -> jax.Array:
+    """x with all positions on every device that has some of them, whatever follows the first two dims."""
+    sharding = sharding_of(x_BT)
+    return x_BT if sharding is None else jax.reshard(x_BT, P(sharding.spec[0], None, *sharding.spec[2:]))
+
+
+def attend(q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGV: jax.Array, segment_ids_BT: jax.Array | None) -> jax.Array:
+    """Causal attention inside segments, y_BTNV: a kernel on TPU, elsewhere the product of all queries and keys."""
+    if platform() == "tpu":
+        return splash_attention(q_BTNH, k_BSGH, v_BSGV, segment_ids_BT)
+    return attention(q_BTNH, k_BSGH, v_BSGV, causal_mask(q_BTNH.shape[1], segment_ids_BT))
 
 
 def attention(q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGV: jax.Array, mask_BTS: jax.Array) -> jax.Array:
@@ -36,7 +51,9 @@ def attention(q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGV: jax.Array, mask_BTS:
     """
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     repeats = q_BTNH.shape[2] // k_BSGH.shape[2]
-    k_BSNH, v_BSNV = (jnp.repeat(a, repeats, axis=2) if repeats > 1 else a for a in (k_BSGH, v_BSGV))
+    k_BSNH, v_BSNV = (
+        jnp.repeat(a, repeats, axis=2, out_sharding=sharding_of(a)) if repeats > 1 else a for a in (k_BSGH, v_BSGV)
+    )
     score_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=wide) * q_BTNH.shape[-1] ** -0.5
     score_BNTS = jnp.where(mask_BTS[:, None], score_BNTS, jnp.finfo(wide).min)
     largest_BNT1 = jax.lax.stop_gradient(jnp.max(score_BNTS, axis=-1, keepdims=True))
@@ -73,21 +90,27 @@ class MLA(nnx.Module):
         """x_BTD -> y_BTD; positions count from the start of each document, segment id 0 is padding."""
         c, dtype = self.config, x_BTD.dtype
         act, heads = spec("batch", "seq", "act"), spec("batch", "seq", "heads", "act")
+        q_dnh = in_use(self.q_dnh[...], "embed", "heads", None, dtype=dtype)
+        kv_down_dr = in_use(self.kv_down_dr[...], "embed", "latent", dtype=dtype)
+        o_nhd = in_use(self.o_nhd[...], "heads", None, "embed", dtype=dtype)
 
-        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, self.q_dnh[...].astype(dtype), out_sharding=heads)
+        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, q_dnh, out_sharding=heads)
         q_nope, q_pe = jnp.split(q_BTNH, [c.qk_nope_head_dim], axis=-1)
         q_BTNH = jnp.concatenate([q_nope, rope(q_pe, positions_BT, c.rope_theta)], axis=-1)
 
-        latent_BSR = jnp.einsum("btd,dr->btr", x_BTD, self.kv_down_dr[...].astype(dtype), out_sharding=act)
-        latent_BSR, k_pe = jnp.split(latent_BSR, [c.kv_lora_rank], axis=-1)
-        kv_up_rnh = self.kv_up_rnh[...].astype(dtype)
-        kv_BSNH = jnp.einsum("bsr,rnh->bsnh", self.kv_norm(latent_BSR), kv_up_rnh, out_sharding=heads)
+        latent_BTR = jnp.einsum("btd,dr->btr", x_BTD, kv_down_dr, out_sharding=act)
+        latent_BTR, k_pe = jnp.split(latent_BTR, [c.kv_lora_rank], axis=-1)
+        # A sequence that is cut over devices is joined here, where a key and value of all heads are R + pe numbers.
+        latent_BSR = whole_sequence(self.kv_norm(latent_BTR))
+        k_pe = whole_sequence(rope(k_pe[:, :, None], positions_BT, c.rope_theta))
+        whole_heads = spec("batch", None, "heads", "act")
+        kv_BSNH = jnp.einsum("bsr,rnh->bsnh", latent_BSR, self.kv_up_rnh[...].astype(dtype), out_sharding=whole_heads)
         k_nope, v_BSNV = jnp.split(kv_BSNH, [c.qk_nope_head_dim], axis=-1)
-        k_pe = jnp.repeat(rope(k_pe[:, :, None], positions_BT, c.rope_theta), c.num_attention_heads, axis=2)
+        k_pe = jnp.broadcast_to(k_pe, (*k_nope.shape[:3], c.qk_rope_head_dim), out_sharding=whole_heads)
         k_BSNH = jnp.concatenate([k_nope, k_pe], axis=-1)
 
-        y_BTNV = attention(q_BTNH, k_BSNH, v_BSNV, causal_mask(x_BTD.shape[1], segment_ids_BT))
-        return jnp.einsum("btnv,nvd->btd", y_BTNV, self.o_nhd[...].astype(dtype), out_sharding=act)
+        y_BTNV = attend(q_BTNH, k_BSNH, v_BSNV, segment_ids_BT)
+        return jnp.einsum("btnv,nvd->btd", y_BTNV, o_nhd, out_sharding=act)
 
 
 class GQA(nnx.Module):
@@ -106,12 +129,16 @@ class GQA(nnx.Module):
         """x_BTD -> y_BTD; positions count from the start of each document, segment id 0 is padding."""
         dtype, theta = x_BTD.dtype, self.config.rope_theta
         act, heads = spec("batch", "seq", "act"), spec("batch", "seq", "heads", "act")
-        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, self.q_dnh[...].astype(dtype), out_sharding=heads)
-        k_BSGH = jnp.einsum("bsd,dgh->bsgh", x_BTD, self.k_dgh[...].astype(dtype), out_sharding=heads)
-        v_BSGH = jnp.einsum("bsd,dgh->bsgh", x_BTD, self.v_dgh[...].astype(dtype), out_sharding=heads)
-        q_BTNH, k_BSGH = rope(q_BTNH, positions_BT, theta), rope(k_BSGH, positions_BT, theta)
-        y_BTNH = attention(q_BTNH, k_BSGH, v_BSGH, causal_mask(x_BTD.shape[1], segment_ids_BT))
-        return jnp.einsum("btnh,nhd->btd", y_BTNH, self.o_nhd[...].astype(dtype), out_sharding=act)
+        q_dnh, k_dgh, v_dgh = (
+            in_use(w[...], "embed", "heads", None, dtype=dtype) for w in (self.q_dnh, self.k_dgh, self.v_dgh)
+        )
+        o_nhd = in_use(self.o_nhd[...], "heads", None, "embed", dtype=dtype)
+        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, q_dnh, out_sharding=heads)
+        k_BTGH = jnp.einsum("btd,dgh->btgh", x_BTD, k_dgh, out_sharding=heads)
+        v_BTGH = jnp.einsum("btd,dgh->btgh", x_BTD, v_dgh, out_sharding=heads)
+        q_BTNH, k_BTGH = rope(q_BTNH, positions_BT, theta), rope(k_BTGH, positions_BT, theta)
+        y_BTNH = attend(q_BTNH, whole_sequence(k_BTGH), whole_sequence(v_BTGH), segment_ids_BT)
+        return jnp.einsum("btnh,nhd->btd", y_BTNH, o_nhd, out_sharding=act)
 
 
 def make_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> MLA | GQA:

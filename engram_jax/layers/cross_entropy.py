@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from engram_jax.sharding import sharding_of, spec
+from engram_jax.sharding import in_use, sharding_of, spec
 
 NO_LOSS = -1
 """A target that is not scored."""
@@ -19,8 +19,8 @@ def output_logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
     return jnp.einsum(
         "btd,dv->btv",
         hidden_BTD,
-        head_DV.astype(hidden_BTD.dtype),
-        out_sharding=spec("batch", "seq", "act"),
+        in_use(head_DV, "embed", "vocab", dtype=hidden_BTD.dtype),
+        out_sharding=spec("batch", "seq", "vocab"),
         preferred_element_type=jnp.promote_types(hidden_BTD.dtype, jnp.float32),
     )
 
@@ -49,7 +49,7 @@ def _backward(residuals, d_losses_BT):
     probability_BTV = jnp.exp(logits_BTV - log_sum_BT[..., None])
     d_logits_BTV = weight_BT1 * (probability_BTV - _is_target(logits_BTV, targets_BT))
     d_logits_BTV = d_logits_BTV.astype(hidden_BTD.dtype)
-    head = head_DV.astype(hidden_BTD.dtype)
+    head = in_use(head_DV, "embed", "vocab", dtype=hidden_BTD.dtype)
     d_hidden = jnp.einsum("btv,dv->btd", d_logits_BTV, head, out_sharding=sharding_of(hidden_BTD))
     # hidden first: the other order would need the logits' gradient transposed.
     wide = jnp.promote_types(head_DV.dtype, jnp.float32)

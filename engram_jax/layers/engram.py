@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from engram_jax.config import ModelConfig
-from engram_jax.sharding import spec
+from engram_jax.sharding import in_use, spec
 
 GATE_FLOOR = 1e-6  # below this the published square root is flat, which bounds its slope at 500
 
@@ -79,6 +79,7 @@ def _gated_short_conv(
     segment_ids_BT: jax.Array | None,
     dilation: int,
     eps: float,
+    cut: bool = False,
 ) -> jax.Array:
     """y = u + SiLU(conv(RMSNorm(u))) with u = gate * value (eq. 5), causal and depthwise: [B, T, M, D].
 
@@ -86,51 +87,53 @@ def _gated_short_conv(
     stream, and a tap reads [B, T, D] and [B, T, M] instead of [B, T, M, D]. Shifted multiply-adds: a grouped
     convolution over M*D channels makes the whole reader 4.4 times slower on CPU. With `segment_ids` no tap crosses a
     document boundary. The backward pass is written out: it keeps the inputs only, where autodiff
-    would keep a [B, T, M, D] array per tap.
+    would keep a [B, T, M, D] array per tap. `cut`: see `shift`.
     """
-    return _short_conv_forward(gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids_BT, dilation, eps)[0]
+    return _short_conv_forward(gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids_BT, dilation, eps, cut)[0]
 
 
-def _short_conv_forward(gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids_BT, dilation, eps):
+def _short_conv_forward(gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids_BT, dilation, eps, cut):
     gate, value = _wide(gate_BTM), _wide(value_BTD)
-    _, scales_KBTM = _tap_scales(gate, value, segment_ids_BT, len(conv_KMD), dilation, eps)
-    mixed_BTMD = _mix(scales_KBTM, value, _wide(conv_KMD) * _wide(norm_gain_MD)[None], dilation)
+    _, scales_KBTM = _tap_scales(gate, value, segment_ids_BT, len(conv_KMD), dilation, eps, cut)
+    mixed_BTMD = _mix(scales_KBTM, value, _wide(conv_KMD) * _wide(norm_gain_MD)[None], dilation, cut)
     y_BTMD = gate[..., None] * value[:, :, None, :] + jax.nn.silu(mixed_BTMD)
     return y_BTMD, (gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids_BT)
 
 
-def _tap_scales(gate_BTM, value_BTD, segment_ids_BT, taps, dilation, eps):
+def _tap_scales(gate_BTM, value_BTD, segment_ids_BT, taps, dilation, eps, cut):
     """1 / rms(u), and s as each tap sees it, zero across a document boundary: [B, T, M] and K of them."""
     inverse_rms_BTM = jax.lax.rsqrt(gate_BTM**2 * jnp.mean(value_BTD**2, -1, keepdims=True) + eps)
     scale_BTM, scales_KBTM = gate_BTM * inverse_rms_BTM, []
     for distance in _distances(taps, dilation):
-        tap_scale = shift(scale_BTM, distance)
+        tap_scale = shift(scale_BTM, distance, cut)
         if segment_ids_BT is not None:
-            tap_scale = tap_scale * (shift(segment_ids_BT, distance) == segment_ids_BT)[..., None]
+            tap_scale = tap_scale * (shift(segment_ids_BT, distance, cut) == segment_ids_BT)[..., None]
         scales_KBTM.append(tap_scale)
     return inverse_rms_BTM, scales_KBTM
 
 
-def _mix(scales_KBTM, value_BTD, weight_KMD, dilation):
+def _mix(scales_KBTM, value_BTD, weight_KMD, dilation, cut):
     """The convolution's output before SiLU: [B, T, M, D]."""
     mixed_BTMD = jnp.zeros((), value_BTD.dtype)
     for scale, weight, distance in zip(scales_KBTM, weight_KMD, _distances(len(weight_KMD), dilation), strict=True):
-        mixed_BTMD = mixed_BTMD + (scale[..., None] * weight[None, None]) * shift(value_BTD, distance)[:, :, None, :]
+        mixed_BTMD = (
+            mixed_BTMD + (scale[..., None] * weight[None, None]) * shift(value_BTD, distance, cut)[:, :, None, :]
+        )
     return mixed_BTMD
 
 
-def _short_conv_backward(dilation, eps, residuals, d_y_BTMD):
+def _short_conv_backward(dilation, eps, cut, residuals, d_y_BTMD):
     gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids_BT = residuals
     gate, value, d_y = _wide(gate_BTM), _wide(value_BTD), _wide(d_y_BTMD)
     norm_gain, conv = _wide(norm_gain_MD), _wide(conv_KMD)
     taps, weight_KMD = len(conv), conv * norm_gain[None]
-    inverse_rms, scales = _tap_scales(gate, value, segment_ids_BT, taps, dilation, eps)
-    mixed = _mix(scales, value, weight_KMD, dilation)
+    inverse_rms, scales = _tap_scales(gate, value, segment_ids_BT, taps, dilation, eps, cut)
+    mixed = _mix(scales, value, weight_KMD, dilation, cut)
     sigmoid = jax.nn.sigmoid(mixed)
     d_mixed = d_y * sigmoid * (1 + mixed * (1 - sigmoid))
     d_weight_KMD = jnp.stack(
         [
-            jnp.sum(d_mixed * scale[..., None] * shift(value, distance)[:, :, None, :], (0, 1))
+            jnp.sum(d_mixed * scale[..., None] * shift(value, distance, cut)[:, :, None, :], (0, 1))
             for scale, distance in zip(scales, _distances(taps, dilation), strict=True)
         ]
     )
@@ -139,8 +142,8 @@ def _short_conv_backward(dilation, eps, residuals, d_y_BTMD):
     for weight, distance in zip(weight_KMD, _distances(taps, dilation), strict=True):
         d_tap = d_mixed
         if segment_ids_BT is not None:
-            d_tap = d_tap * (shift(segment_ids_BT, distance) == segment_ids_BT)[..., None, None]
-        d_normed = d_normed + weight[None, None] * unshift(d_tap, distance)
+            d_tap = d_tap * (shift(segment_ids_BT, distance, cut) == segment_ids_BT)[..., None, None]
+        d_normed = d_normed + weight[None, None] * unshift(d_tap, distance, cut)
     scale = gate * inverse_rms
     # One term per stream: XLA:CPU sums over a middle dim 10 times slower.
     d_value = sum(
@@ -161,7 +164,7 @@ def _short_conv_backward(dilation, eps, residuals, d_y_BTMD):
     )
 
 
-gated_short_conv = jax.custom_vjp(_gated_short_conv, nondiff_argnums=(5, 6))
+gated_short_conv = jax.custom_vjp(_gated_short_conv, nondiff_argnums=(5, 6, 7))
 gated_short_conv.defvjp(_short_conv_forward, _short_conv_backward)
 
 
@@ -174,16 +177,28 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def shift(x_BT: jax.Array, distance: int) -> jax.Array:
-    """x moved `distance` positions later along dim 1, zeros moving in."""
-    length = x_BT.shape[1]
-    return jnp.pad(x_BT[:, : max(length - distance, 0)], _along_seq(x_BT, min(distance, length), 0))
+def shift(x_BT: jax.Array, distance: int, cut: bool = False) -> jax.Array:
+    """x moved `distance` positions later along dim 1, zeros moving in.
+
+    `cut`: inside shard_map, x is a piece of sequences that go on along the mesh axis `context`, and what moves in are
+    the last positions of the piece to the left.
+    """
+    if not cut or distance == 0:
+        length = x_BT.shape[1]
+        return jnp.pad(x_BT[:, : max(length - distance, 0)], _along_seq(x_BT, min(distance, length), 0))
+    to_right = [(i, i + 1) for i in range(jax.lax.axis_size("context") - 1)]
+    left = jax.lax.ppermute(x_BT[:, -distance:], "context", to_right)  # zeros where nobody sends
+    return jnp.concatenate([left, x_BT[:, :-distance]], axis=1)
 
 
-def unshift(x_BT: jax.Array, distance: int) -> jax.Array:
-    """The transpose of `shift`: earlier, zeros moving in at the end."""
-    length = x_BT.shape[1]
-    return jnp.pad(x_BT[:, distance:], _along_seq(x_BT, 0, min(distance, length)))
+def unshift(x_BT: jax.Array, distance: int, cut: bool = False) -> jax.Array:
+    """The transpose of `shift`: earlier, zeros (or the piece to the right) moving in at the end."""
+    if not cut or distance == 0:
+        length = x_BT.shape[1]
+        return jnp.pad(x_BT[:, distance:], _along_seq(x_BT, 0, min(distance, length)))
+    to_left = [(i + 1, i) for i in range(jax.lax.axis_size("context") - 1)]
+    right = jax.lax.ppermute(x_BT[:, :distance], "context", to_left)
+    return jnp.concatenate([x_BT[:, distance:], right], axis=1)
 
 
 def _along_seq(x_BT: jax.Array, before: int, after: int) -> list[tuple[int, int]]:
@@ -232,7 +247,7 @@ class EngramReader(nnx.Module):
         keys_value_BTMD = jnp.einsum(
             "bte,emd->btmd",
             memory_BTE,
-            self.key_value_emd[...].astype(dtype),
+            in_use(self.key_value_emd[...], "memory", "streams", "embed", dtype=dtype),
             out_sharding=spec("batch", "seq", "streams", "act"),
         )
         if self.has_bias:
@@ -243,15 +258,21 @@ class EngramReader(nnx.Module):
         gate_BTM = jax.nn.sigmoid(GATES[engram.engram_variant](scores_BTM))
         if not self.kernel_size:
             return (gate_BTM[..., None] * value_BTD[:, :, None, :]).astype(dtype), gate_BTM
-        update_BTMD = gated_short_conv(
-            gate_BTM,
-            value_BTD,
-            self.conv_norm[...],
-            self.conv_kmd[...],
-            None if engram.engram_cross_documents else segment_ids_BT,
-            engram.engram_max_ngram_size,
-            engram.engram_conv_norm_eps,
-        )
+        dilation, norm_eps = engram.engram_max_ngram_size, engram.engram_conv_norm_eps
+        mesh = jax.sharding.get_abstract_mesh()
+        cut = not mesh.empty and mesh.shape.get("context", 1) > 1
+
+        def conv(gate_BTM, value_BTD, gain_MD, conv_KMD, segments_BT):
+            return gated_short_conv(gate_BTM, value_BTD, gain_MD, conv_KMD, segments_BT, dilation, norm_eps, cut)
+
+        segments_BT = None if engram.engram_cross_documents else segment_ids_BT
+        arrays = (gate_BTM, value_BTD, self.conv_norm[...], self.conv_kmd[...], segments_BT)
+        if cut:
+            tokens, whole = spec("batch", "seq", None), spec()
+            specs = (tokens, tokens, whole, whole, spec("batch", "seq"))
+            arrays = tuple(x if x is None else jax.reshard(x, s) for x, s in zip(arrays, specs, strict=True))
+            conv = jax.shard_map(conv, in_specs=specs, out_specs=spec("batch", "seq", None, None), check_vma=False)
+        update_BTMD = conv(*arrays)
         return update_BTMD.astype(dtype), gate_BTM
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import normal
 
-from engram_jax.sharding import spec
+from engram_jax.sharding import in_use, spec
 
 
 class FFN(nnx.Module):
@@ -23,8 +23,10 @@ class FFN(nnx.Module):
         self.down_fd = nnx.Param(normal(out_std)(rngs.params(), (F, D), jnp.float32, out_sharding=spec("ffn", "embed")))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        dtype, act = x_BTD.dtype, spec("batch", "seq", "act")
-        gate_BTF = jnp.einsum("btd,df->btf", x_BTD, self.gate_df[...].astype(dtype), out_sharding=act)
-        up_BTF = jnp.einsum("btd,df->btf", x_BTD, self.up_df[...].astype(dtype), out_sharding=act)
+        dtype, inner = x_BTD.dtype, spec("batch", "seq", "ffn")
+        gate_df, up_df = (in_use(w[...], "embed", "ffn", dtype=dtype) for w in (self.gate_df, self.up_df))
+        gate_BTF = jnp.einsum("btd,df->btf", x_BTD, gate_df, out_sharding=inner)
+        up_BTF = jnp.einsum("btd,df->btf", x_BTD, up_df, out_sharding=inner)
+        down_fd = in_use(self.down_fd[...], "ffn", "embed", dtype=dtype)
         hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        return jnp.einsum("btf,fd->btd", hidden_BTF, self.down_fd[...].astype(dtype), out_sharding=act)
+        return jnp.einsum("btf,fd->btd", hidden_BTF, down_fd, out_sharding=spec("batch", "seq", "act"))

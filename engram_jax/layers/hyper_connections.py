@@ -16,7 +16,7 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from engram_jax.config import require
-from engram_jax.sharding import spec
+from engram_jax.sharding import in_use, spec
 
 FLOAT32 = jax.lax.Precision.HIGHEST
 """An accelerator's default would round the coefficients to bfloat16, and the rows of H_res would not sum to 1."""
@@ -87,6 +87,7 @@ class HyperConnection(nnx.Module):
         B, T, M, D = x_BTMD.shape
         x_BTC = x_BTMD.astype(jnp.promote_types(x_BTMD.dtype, jnp.float32)).reshape(B, T, M * D)
         phi_cm = jnp.concatenate([self.phi_pre_cm[...], self.phi_post_cm[...], self.phi_res_cm[...]], axis=1)
+        phi_cm = in_use(phi_cm, "embed", "streams")
         act = spec("batch", "seq", "act")
         logits = jnp.einsum("btc,cm->btm", x_BTC, phi_cm.astype(x_BTC.dtype), precision=FLOAT32, out_sharding=act)
         # Dividing by the norm after the product is the same function, on M^2 + 2M numbers instead of M * D.

@@ -16,8 +16,12 @@ from jax.nn.initializers import normal
 from jax.sharding import PartitionSpec as P
 
 from engram_jax.config import ModelConfig, MoEConfig
+from engram_jax.layers.expert_parallel import exchanged
 from engram_jax.layers.ffn import FFN
-from engram_jax.sharding import spec
+from engram_jax.sharding import BATCH, LOGICAL_TO_MESH, in_use, platform, spec
+from engram_jax.transports import default_transport
+
+STORAGE = LOGICAL_TO_MESH["expert_embed"]
 
 
 class Buffer(nnx.Variable):
@@ -31,6 +35,8 @@ class MoEStats:
     """Share of the routed slots each expert got, over all non-padding tokens of the global batch. Sums to 1."""
     seq_aux: jax.Array
     """DeepSeek-V3's sequence-level balance loss (eq. 17), before its weight; 1 at perfect balance."""
+    carried: jax.Array
+    """Share of the routed slots that found no room in the first round of the exchange (expert_parallel.py)."""
 
 
 class Routing(NamedTuple):
@@ -45,7 +51,7 @@ def route(x_BTD: jax.Array, router_de: jax.Array, bias_E: jax.Array, config: MoE
     Arithmetic in float32 or wider: two near-equal scores in bfloat16 would route by rounding.
     """
     x_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
-    router_de = router_de.astype(x_BTD.dtype)
+    router_de = in_use(router_de, "embed", None, dtype=x_BTD.dtype)
     precision, act = jax.lax.Precision.HIGHEST, spec("batch", "seq", "act")
     logits_BTE = jnp.einsum("btd,de->bte", x_BTD, router_de, precision=precision, out_sharding=act)
     scores_BTE = jax.nn.sigmoid(logits_BTE) if config.scoring_func == "sigmoid" else jax.nn.softmax(logits_BTE)
@@ -56,7 +62,7 @@ def route(x_BTD: jax.Array, router_de: jax.Array, bias_E: jax.Array, config: MoE
     return Routing(ids_BTK, weights_BTK * config.routed_scaling_factor, scores_BTE)
 
 
-def balance_stats(routing: Routing, segment_ids_BT: jax.Array | None) -> MoEStats:
+def balance_stats(routing: Routing, segment_ids_BT: jax.Array | None, carried: jax.Array | int = 0) -> MoEStats:
     """Load and sequence-level loss of a batch; tokens of segment 0 (padding) do not count."""
     ids_BTK, _, scores_BTE = routing
     K, E = ids_BTK.shape[-1], scores_BTE.shape[-1]
@@ -75,7 +81,7 @@ def balance_stats(routing: Routing, segment_ids_BT: jax.Array | None) -> MoEStat
     share_BTE = scores_BTE / (jnp.sum(scores_BTE, axis=-1, keepdims=True) + 1e-20)
     probability_BE = jnp.sum(share_BTE * real_BT1, axis=1) / length_B1
     num_sequences = jnp.maximum(jnp.sum(jnp.any(real_BT, axis=1)), 1)
-    return MoEStats(load_E, jnp.sum(frequency_BE * probability_BE) / num_sequences)
+    return MoEStats(load_E, jnp.sum(frequency_BE * probability_BE) / num_sequences, jnp.float32(carried) / ids_BTK.size)
 
 
 def updated_bias(bias_E: jax.Array, load_E: jax.Array, speed: float) -> jax.Array:
@@ -126,6 +132,9 @@ def blocked(x_ND, expert_ids_NK, weights_NK, gate_edf, up_edf, down_efd):
     return sum_rows(y_SD, slots.token_S, slots.slot_NK).astype(x_ND.dtype)
 
 
+FORMS = {"every_expert": every_expert, "ragged": ragged, "blocked": blocked}
+
+
 class Slots(NamedTuple):
     """Where the N * K routed rows stand when they are sorted by expert, each expert's rows padded to whole blocks."""
 
@@ -139,17 +148,20 @@ class Slots(NamedTuple):
 
 
 def sort_by_expert(expert_ids_NK: jax.Array, num_experts: int, block: int) -> Slots:
-    """A stable sort; S = N * K rounded up to blocks, plus a block per expert (block = 1: exactly N * K slots)."""
+    """A stable sort; S = N * K rounded up to blocks, plus a block per expert (block = 1: exactly N * K slots).
+
+    Id E is no expert: its rows come last and count for none.
+    """
     (N, K), E = expert_ids_NK.shape, num_experts
     num_blocks = N * K if block == 1 else -(-N * K // block) + E
     expert_ids = expert_ids_NK.reshape(-1)
-    count_E = jnp.zeros(E, jnp.int32).at[expert_ids].add(1)
+    count_E = jnp.zeros(E, jnp.int32).at[expert_ids].add(1, mode="drop")
     padded_E = -(-count_E // block) * block
     end_E = jnp.cumsum(padded_E)
     shift_E = (end_E - padded_E) - (jnp.cumsum(count_E) - count_E)
     order = jnp.argsort(expert_ids, stable=True)
     rank = jnp.zeros_like(order).at[order].set(jnp.arange(N * K, dtype=order.dtype), unique_indices=True)
-    slot = rank + shift_E[expert_ids]
+    slot = rank + shift_E[jnp.minimum(expert_ids, E - 1)]
     token_S = jnp.zeros(num_blocks * block, jnp.int32)
     token_S = token_S.at[slot].set(jnp.arange(N * K, dtype=jnp.int32) // K, unique_indices=True)
     expert_of_block = jnp.searchsorted(end_E, jnp.arange(num_blocks) * block, side="right").clip(max=E - 1)
@@ -229,10 +241,8 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         moe, D, E, F = config.moe, config.hidden_size, config.moe.n_routed_experts, config.moe.moe_intermediate_size
         std, out_std = config.initializer_range, config.initializer_range * (2 * config.num_hidden_layers) ** -0.5
-        into, out = spec("experts", "embed", "ffn"), spec("experts", "ffn", "embed")
-        self.router_de = nnx.Param(
-            normal(std)(rngs.params(), (D, E), jnp.float32, out_sharding=spec("embed", "experts"))
-        )
+        into, out = spec("experts", "expert_embed", "ffn"), spec("experts", "ffn", "expert_embed")
+        self.router_de = nnx.Param(normal(std)(rngs.params(), (D, E), jnp.float32, out_sharding=spec("embed", None)))
         self.gate_edf = nnx.Param(normal(std)(rngs.params(), (E, D, F), jnp.float32, out_sharding=into))
         self.up_edf = nnx.Param(normal(std)(rngs.params(), (E, D, F), jnp.float32, out_sharding=into))
         self.down_efd = nnx.Param(normal(out_std)(rngs.params(), (E, F, D), jnp.float32, out_sharding=out))
@@ -243,26 +253,42 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array, segment_ids_BT: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
         """x_BTD -> (y_BTD, MoEStats)."""
         routing = route(x_BTD, self.router_de[...], self.balance_bias[...], self.config)
-        y_BTD = self._routed(x_BTD, routing)
+        y_BTD, carried = self._routed(x_BTD, routing)
         if self.shared is not None:
             y_BTD += self.shared(x_BTD)
-        return y_BTD, balance_stats(routing, segment_ids_BT)
+        return y_BTD, balance_stats(routing, segment_ids_BT, carried)
 
-    def _routed(self, x_BTD: jax.Array, routing: Routing) -> jax.Array:
+    def _routed(self, x_BTD: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
         name = self.config.implementation
         if name == "auto":
-            name = "blocked" if jax.default_backend() == "cpu" else "ragged"
-        form = {"every_expert": every_expert, "ragged": ragged, "blocked": blocked}[name]
+            name = "blocked" if platform() == "cpu" else "ragged"
+        form, factor = FORMS[name], self.config.capacity_factor
+        mesh = jax.sharding.get_abstract_mesh()
+        transport, axes = default_transport(platform()), mesh.axis_names
 
         def local(x_BTD, ids_BTK, weights_BTK, *experts):
-            flat = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, weights_BTK))
-            return form(*flat, *experts).reshape(x_BTD.shape)
+            x_ND, ids_NK, weights_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, weights_BTK))
+            if mesh.empty:
+                return form(x_ND, ids_NK, weights_NK, *experts).reshape(x_BTD.shape), jnp.zeros((), jnp.int32)
+            # Gathered here, where the gradient's way back is a reduce-scatter.
+            gate_edf, up_edf, down_efd = (w.astype(x_ND.dtype) for w in experts)
+            gate_edf, up_edf = (jax.lax.all_gather(w, STORAGE, axis=1, tiled=True) for w in (gate_edf, up_edf))
+            experts = gate_edf, up_edf, jax.lax.all_gather(down_efd, STORAGE, axis=2, tiled=True)
+            if mesh.shape["expert"] == 1:
+                y_ND, carried = form(x_ND, ids_NK, weights_NK, *experts), jnp.zeros((), jnp.int32)
+            else:
+                y_ND, carried = exchanged(x_ND, ids_NK, weights_NK, experts, form, factor, transport, axes)
+            if mesh.shape["tensor"] > 1:  # each device had a part of every expert's width
+                y_ND = jax.lax.psum(y_ND.astype(jnp.promote_types(y_ND.dtype, jnp.float32)), "tensor")
+            return y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape), jax.lax.psum(carried, (*BATCH, "context"))
 
-        experts = self.gate_edf[...], self.up_edf[...], self.down_efd[...]
-        batch = spec("batch", "seq", "act")
-        if batch is not None:
-            # Every device sorts its own tokens. check_vma=False: the hand-written gradients above know no mesh axes;
-            # shard_map sums the experts' gradients over the batch axes all the same, since they enter replicated.
-            experts = tuple(jax.reshard(w, P()) for w in experts)
-            local = jax.shard_map(local, in_specs=(*(batch,) * 3, *(P(),) * 3), out_specs=batch, check_vma=False)
-        return local(x_BTD, routing.expert_ids_BTK, routing.weights_BTK, *experts)
+        arrays = x_BTD, routing.expert_ids_BTK, routing.weights_BTK
+        if not mesh.empty:
+            act = spec("batch", "seq", "act")
+            arrays = tuple(jax.reshard(a, act) for a in arrays)
+            into, out = spec("experts", "expert_embed", "ffn"), spec("experts", "ffn", "expert_embed")
+            # Every device sorts its own tokens. check_vma=False: the hand-written gradients know no mesh axes;
+            # shard_map sums the experts' gradients over the axes along which they are copies all the same.
+            specs = (act, act, act, into, into, out)
+            local = jax.shard_map(local, in_specs=specs, out_specs=(act, P()), check_vma=False)
+        return local(*arrays, self.gate_edf[...], self.up_edf[...], self.down_efd[...])

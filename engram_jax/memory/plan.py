@@ -85,7 +85,10 @@ def overflow(plan: RowPlan) -> jax.Array:
 
 def fits(plan: Mapping[str, RowPlan]) -> bool:
     """Whether nothing overflowed. Waits for the plan."""
-    return all(int(overflow(p)) == 0 for p in plan.values())
+    needs = jax.device_get({layer: p.need for layer, p in plan.items()})
+    return all(
+        p.routes is None or all(n <= c for n, c in zip(needs[la], capacity(p), strict=True)) for la, p in plan.items()
+    )
 
 
 class RowIdError(ValueError):
@@ -98,7 +101,7 @@ def check(plan: Mapping[str, RowPlan]) -> None:
     Every process sees the same verdict, so all of them raise and none waits for another.
     """
     for layer, p in plan.items():
-        first, damaged = (int(x) for x in np.asarray(p.faults))
+        first, damaged = (int(x) for x in jax.device_get(p.faults))
         if first >= 0:
             b, t, h = np.unravel_index(first, p.ids_BTH.shape)
             raise RowIdError(

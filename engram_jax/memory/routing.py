@@ -18,6 +18,7 @@ block, K = S * C; U rows an owner's list holds (unused ones at the end); D row w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ import numpy as np
 from engram_jax.config import require
 from engram_jax.memory.plan import Capacity, Routes, RowPlan
 from engram_jax.memory.table import TableLayout
-from engram_jax.memory.transports import TRANSPORTS, Axes
+from engram_jax.sharding import lookups
+from engram_jax.transports import TRANSPORTS, Axes
 
 # --- planning ---
 
@@ -60,8 +62,9 @@ def plan_rows(
 ) -> dict[str, RowPlan]:
     """Plans of several tables, their requests in one exchange.
 
-    ids: int32 [B, T, H] per table, sharded over the batch. Without `capacities` nothing can overflow, at the cost of
-    blocks as large as the batch. Raises `ConfigError` if the mesh or batch does not fit.
+    ids: int32 [B, T, H] per table. Every device plans for its own tokens (`sharding.lookups`). Without `capacities`
+    nothing can overflow, at the cost of blocks as large as the batch. Raises `ConfigError` if the mesh or batch does
+    not fit.
     """
     if not ids:
         return {}
@@ -73,8 +76,9 @@ def plan_rows(
             f"The table of layer {name} is cut into {layout.shards} shards, but the mesh has {devices} devices: "
             "build the store for this mesh (MemoryStore.create(..., shards=mesh.size)).",
         )
-        batch = ids[name].shape[0]
-        require(batch % devices == 0, f"A batch of {batch} sequences does not divide over {devices} devices.")
+        for size, dims, what in zip(ids[name].shape, lookups(2), ("sequences", "positions"), strict=False):
+            parts = _size(dims)
+            require(size % parts == 0, f"A batch of {size} {what} does not divide over {parts} devices.")
     if capacities is None:
         capacities = {name: safe_capacity(layouts[name], ids[name].size // devices) for name in ids}
 
@@ -89,15 +93,21 @@ def plan_rows(
         return {n: _own(asked[n], arrived[n], routes[n], layouts[n], capacities[n], axes) for n in ids}
 
     if axes:
-        ids = {name: jax.reshard(x, jax.P(axes)) for name, x in ids.items()}
-    return on_shards(local, (jax.P(axes),), {name: _specs(axes, alone=devices == 1) for name in ids})(dict(ids))
+        ids = {name: jax.reshard(x, lookups(3)) for name, x in ids.items()}
+    return on_shards(local, (lookups(3),), {name: _specs(axes, alone=devices == 1) for name in ids})(dict(ids))
+
+
+def _size(dims: Any) -> int:
+    """Devices over which a dim is cut whose spec names these axes."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in ((dims,) if isinstance(dims, str) else dims or ()))
 
 
 def _specs(axes: Axes, alone: bool) -> RowPlan:
     split: Any = jax.P(axes)
     whole: Any = jax.P()
     routes = None if alone else Routes(split, split, split, split)
-    return RowPlan(split, split, split, split, routes, Capacity(whole, whole), whole)
+    return RowPlan(lookups(3), split, split, split, routes, Capacity(whole, whole), whole)  # type: ignore[arg-type]
 
 
 class _Asked(NamedTuple):
@@ -179,9 +189,16 @@ def _locate(ids_BTH: jax.Array, layout: TableLayout, axes: Axes) -> tuple[jax.Ar
     none = jnp.iinfo(jnp.int32).max
     first = jnp.where(jnp.any(wrong_N), jnp.argmax(wrong_N).astype(jnp.int32), none)
     if axes:
-        before = jax.lax.axis_index(axes).astype(jnp.int32) * wrong_N.size
-        first = jax.lax.pmin(jnp.where(first < none, first + before, none), axes)
+        first = jax.lax.pmin(jnp.where(first < none, _flat_index(first, ids_BTH.shape), none), axes)
     return owner_N, local_N, jnp.where(first < none, first, -1)
+
+
+def _flat_index(here: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """An index into this device's ids [B, T, H], counted through the whole batch's."""
+    (B, T, H), (batch_axes, seq_axes, _) = shape, lookups(3)
+    sequence, rest = jax.lax.axis_index(batch_axes).astype(jnp.int32) * B + here // (T * H), here % (T * H)
+    start = jax.lax.axis_index(seq_axes).astype(jnp.int32) * T if seq_axes else 0
+    return sequence * (T * _size(seq_axes) * H) + start * H + rest
 
 
 def stable_sort(ids_N: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -215,7 +232,7 @@ def send_rows(rows: Mapping[str, jax.Array], plan: Mapping[str, RowPlan], transp
             rows = _exchange(blocks, {name: (r.arrived_S, r.asked_S) for name, r in routes.items()}, transport, axes)
         return {name: _take(rows[name], p.slot_N).reshape(*p.ids_BTH.shape, -1) for name, p in plan.items()}
 
-    return _per_table(local, rows, plan, axes)
+    return _per_table(local, rows, plan, axes, to_askers=True)
 
 
 def collect_grads(grads: Mapping[str, jax.Array], plan: Mapping[str, RowPlan], transport: str) -> dict[str, jax.Array]:
@@ -235,14 +252,18 @@ def collect_grads(grads: Mapping[str, jax.Array], plan: Mapping[str, RowPlan], t
             for name, r in routes.items()
         }
 
-    return _per_table(local, grads, plan, axes)
+    return _per_table(local, grads, plan, axes, to_askers=False)
 
 
-def _per_table(function: Callable, arrays: Mapping, plan: Mapping[str, RowPlan], axes: Axes) -> dict[str, jax.Array]:
+def _per_table(
+    function: Callable, arrays: Mapping, plan: Mapping[str, RowPlan], axes: Axes, to_askers: bool
+) -> dict[str, jax.Array]:
     """`function(arrays, plan)` on each device's part."""
-    split = {name: jax.P(axes) for name in plan}
+    owners, askers = {name: jax.P(axes) for name in plan}, {name: lookups(4) for name in plan}
+    given, returned = (owners, askers) if to_askers else (askers, owners)
     specs = {name: _specs(axes, alone=p.routes is None) for name, p in plan.items()}
-    return on_shards(function, (split, specs), split)({name: arrays[name] for name in plan}, dict(plan))
+    moved = {name: arrays[name] if to_askers or not axes else jax.reshard(arrays[name], lookups(4)) for name in plan}
+    return on_shards(function, (given, specs), returned)(moved, dict(plan))
 
 
 def _take(rows_UD: jax.Array, place_N: jax.Array) -> jax.Array:

@@ -37,6 +37,7 @@ from engram_jax.memory.rounding import row_noise, stochastic_round
 from engram_jax.memory.routing import on_shards
 from engram_jax.memory.row_optimizers import RowOptimizer
 from engram_jax.memory.table import TableLayout, TableState
+from engram_jax.sharding import MESH_AXES, spec
 
 MemoryPlan = dict[str, RowPlan]
 MemoryRows = dict[str, jax.Array]
@@ -176,6 +177,10 @@ class MemoryStore:
         """
         if self.config.engram_cross_documents:
             segment_ids_BT = None
+        if routing.mesh_axes() == MESH_AXES:  # windows reach back, so a device needs whole sequences: 4 bytes a token
+            token_ids_BT, segment_ids_BT = (
+                x if x is None else jax.reshard(x, spec("batch", None)) for x in (token_ids_BT, segment_ids_BT)
+            )
         canonical_BT = canonicalize(self.token_map, token_ids_BT)
         ids = {la: ngram_row_ids(self.constants, int(la), canonical_BT, segment_ids_BT) for la in self.layers}
         return self.plan_ids(ids, capacities)

@@ -1,7 +1,7 @@
 """Muon: momentum whose matrices are orthogonalized, so that every direction of a weight moves equally far.
 
 `optax.contrib.scale_by_muon` is the same arithmetic, but fuses momentum and orthogonalization, which leaves no place to
-gather a sharded matrix between them, and orthogonalizes a whole stack of experts at once.
+share matrices out between them, and orthogonalizes a whole stack of experts at once.
 
     B separate matrices, I input dims, O output dims of a weight.
 """
@@ -9,15 +9,16 @@ gather a sharded matrix between them, and orthogonalizes a whole stack of expert
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from engram_jax.optimizers.roles import Role
+from engram_jax.sharding import sharding_of
 
 # a x + b (x xT) x + c (x xT)^2 x: the first grows small singular values fast but leaves them in about 0.7..1.2 (Jordan
 # 2024), the second settles them at 1.
@@ -50,28 +51,46 @@ def newton_schulz(x_IO: jax.Array, coefficients: Coefficients) -> jax.Array:
 def orthogonalize(x: jax.Array, role: Role, coefficients: Coefficients) -> jax.Array:
     """`newton_schulz` of every matrix in `x`: dims `role.inputs` x `role.outputs`, one matrix per index of the others.
 
-    Matrices are gathered to be orthogonalized and sharded again afterwards, a few at a time, so a step needs room for
-    those and not for a whole stack of experts.
+    Where matrices are cut over devices, the devices that hold the parts of some matrices share them out: each receives
+    its share whole, orthogonalizes it and sends the parts back. None has more than its share of a stack.
     """
+    sharding = sharding_of(x)
+    if sharding is None:
+        return _orthogonalize_here(x, role, coefficients, [])
+    cut = [(dim, axes) for dim, axes in zip(range(-x.ndim, 0), _dims(sharding.spec, x.ndim), strict=True) if axes]
+    cut = [(dim, axes) for dim, axes in cut if dim in role.inputs + role.outputs]
+    local = partial(_orthogonalize_here, role=role, coefficients=coefficients, cut=cut)
+    return jax.shard_map(local, in_specs=sharding.spec, out_specs=sharding.spec, check_vma=False)(x)
+
+
+def _orthogonalize_here(x: jax.Array, role: Role, coefficients: Coefficients, cut: list[tuple[int, Any]]) -> jax.Array:
+    """This device's part of x; `cut`: the dims of the matrices that are cut, and over which mesh axes."""
     batch = [dim for dim in range(-x.ndim, 0) if dim not in role.inputs + role.outputs]
     order = [*batch, *role.inputs, *role.outputs]
     stacked = x.transpose(order)
-    num_matrices = math.prod(stacked.shape[: len(batch)])
-    num_rows = math.prod(x.shape[dim] for dim in role.inputs)
+    x_BIO = stacked.reshape(-1, *stacked.shape[len(batch) :])
+    places = [(1 + order.index(dim) - len(batch), axes) for dim, axes in cut]
+    number, sharers = len(x_BIO), math.prod(jax.lax.axis_size(axes) for _, axes in places)
+    x_BIO = jnp.pad(x_BIO, [(0, -number % sharers)] + [(0, 0)] * (x_BIO.ndim - 1))
+    for place, axes in places:
+        x_BIO = jax.lax.all_to_all(x_BIO, axes, split_axis=0, concat_axis=place, tiled=True)
 
     def one(x_IO: jax.Array) -> jax.Array:
-        sharding = jax.typeof(x_IO).sharding
-        whole = x_IO if sharding.mesh.empty else jax.reshard(x_IO, NamedSharding(sharding.mesh, P()))
-        y_IO = newton_schulz(whole.reshape(num_rows, -1), coefficients).reshape(x_IO.shape)
-        return y_IO if sharding.mesh.empty else jax.reshard(y_IO, sharding)
+        rows = math.prod(x_IO.shape[: len(role.inputs)])
+        return newton_schulz(x_IO.reshape(rows, -1), coefficients).reshape(x_IO.shape)
 
-    x_BIO = stacked.reshape(num_matrices, *stacked.shape[len(batch) :])
-    together = _divisor(num_matrices, at_most=MAX_ENTRIES // math.prod(x_BIO.shape[1:]))
-    if together == num_matrices:
+    together = _divisor(len(x_BIO), at_most=MAX_ENTRIES // math.prod(x_BIO.shape[1:]))
+    if together == len(x_BIO):
         y_BIO = jax.vmap(one)(x_BIO)
     else:
         y_BIO = jax.lax.map(one, x_BIO, batch_size=together)
-    return y_BIO.reshape(stacked.shape).transpose([order.index(dim) for dim in range(-x.ndim, 0)])
+    for place, axes in reversed(places):
+        y_BIO = jax.lax.all_to_all(y_BIO, axes, split_axis=place, concat_axis=0, tiled=True)
+    return y_BIO[:number].reshape(stacked.shape).transpose([order.index(dim) for dim in range(-x.ndim, 0)])
+
+
+def _dims(spec: P, ndim: int) -> list[Any]:
+    return [*spec, *[None] * (ndim - len(spec))]
 
 
 def _divisor(number: int, at_most: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
@@ -21,12 +22,12 @@ from engram_jax.memory.hashing import VARIANTS
 from engram_jax.memory.placements import PLACEMENTS
 from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryState, MemoryStore
-from engram_jax.memory.transports import default_transport
 from engram_jax.model import Model, named_key, split
 from engram_jax.optimizers.groups import make_optimizer
 from engram_jax.optimizers.schedules import learning_rate, learning_rates
-from engram_jax.sharding import make_mesh, spec
+from engram_jax.sharding import BATCH, make_mesh, spec
 from engram_jax.training.state import TrainState
+from engram_jax.transports import default_transport
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,16 +111,43 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, devices: Sequence[Any] | N
 
 
 def _mesh(config: RunConfig, devices: Sequence[Any] | None) -> Mesh:
+    train, model = config.train, config.model
     try:
-        mesh = make_mesh(config.train.mesh_data, config.train.mesh_fsdp, devices)
+        mesh = make_mesh(
+            train.mesh_data,
+            train.mesh_fsdp,
+            devices,
+            expert=train.mesh_expert,
+            context=train.mesh_context,
+            tensor=train.mesh_tensor,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    shards, part = mesh.size, config.data.batch_size // config.train.grad_accum
+    parts = config.data.batch_size // train.grad_accum
+    shards = math.prod(mesh.shape[axis] for axis in BATCH)
     require(
-        part % shards == 0,
-        f"data.batch_size={config.data.batch_size} over train.grad_accum={config.train.grad_accum} leaves {part} "
-        f"sequences at a time, not a multiple of the {shards} devices: raise batch_size or use fewer devices.",
+        parts % shards == 0,
+        f"data.batch_size={config.data.batch_size} over train.grad_accum={train.grad_accum} leaves {parts} sequences "
+        f"at a time, not a multiple of the {shards} devices on the axes {', '.join(BATCH)}: raise batch_size, lower "
+        "grad_accum, use fewer devices, or give some to train.mesh_context or train.mesh_tensor.",
     )
-    hidden, fsdp = config.model.hidden_size, mesh.shape["fsdp"]
-    require(hidden % fsdp == 0, f"model.hidden_size={hidden} is not a multiple of train.mesh_fsdp={fsdp}.")
+    moe = model.moe
+    kv_heads = model.attention.num_key_value_heads if model.attention.kind == "gqa" else 0
+    for field, size, axes in (
+        ("model.hidden_size", model.hidden_size, ("fsdp", "expert", "context")),
+        ("data.seq_len", config.data.seq_len, ("context", "tensor")),
+        ("model.moe.n_routed_experts", moe.n_routed_experts, ("expert",)),
+        ("model.vocab_size", model.vocab_size, ("tensor",)),
+        ("model.attention.num_attention_heads", model.attention.num_attention_heads, ("tensor",)),
+        ("model.attention.num_key_value_heads", kv_heads, ("tensor",)),
+        ("model.moe.moe_intermediate_size", moe.moe_intermediate_size if moe.enabled else 0, ("tensor",)),
+        ("model.intermediate_size", model.intermediate_size, ("tensor",)),
+    ):
+        factor = math.prod(mesh.shape[axis] for axis in axes)
+        settings = " x ".join(f"train.mesh_{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
+        require(size % factor == 0, f"{field}={size} is not a multiple of {settings}: choose factors of it.")
+    require(
+        train.mesh_expert == 1 or moe.enabled,
+        f"train.mesh_expert={train.mesh_expert}, but the model has no experts: give these devices to train.mesh_fsdp.",
+    )
     return mesh

@@ -22,7 +22,7 @@ from engram_jax.layers.cross_entropy import NO_LOSS
 from engram_jax.memory.plan import RowPlan, capacity, overflow, requests
 from engram_jax.memory.store import Held, MemoryPlan, MemoryState, MemoryStore
 from engram_jax.model import updated_buffers
-from engram_jax.sharding import spec
+from engram_jax.sharding import sharding_of
 from engram_jax.training.assembly import Parts
 from engram_jax.training.state import Batch, TrainState
 
@@ -155,8 +155,8 @@ def _to_parts(tree: Any, accum: int) -> Any:
     def split(x):
         parts = x.reshape(x.shape[0] // accum, accum, *x.shape[1:])
         parts = jnp.moveaxis(parts, 1, 0)
-        sharding = spec(None, "batch", *[None] * (x.ndim - 1))
-        return parts if sharding is None else jax.reshard(parts, sharding)
+        sharding = sharding_of(x)
+        return parts if sharding is None else jax.reshard(parts, jax.P(None, *sharding.spec))
 
     return jax.tree.map(split, tree)
 

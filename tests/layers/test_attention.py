@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from engram_jax.config import AttentionConfig, ModelConfig
 from engram_jax.layers.attention import GQA, MLA, attention, causal_mask, make_attention
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import spec
 
 pytestmark = pytest.mark.newest
 
@@ -144,8 +143,8 @@ def test_large_scores_neither_overflow_nor_leak():
 
 
 @pytest.mark.parametrize("kind", ["mla", "gqa"])
-def test_a_2x4_mesh_gives_the_single_device_output_and_gradients(kind):
-    x, (positions, segments) = jax.random.normal(jax.random.key(1), (8, 11, 16)), packed(batch=8)
+def test_a_mesh_gives_the_single_device_output_and_gradients(mesh, kind):
+    x, (positions, segments) = jax.random.normal(jax.random.key(1), (8, 12, 16)), packed(batch=8, length=12)
 
     @jax.jit
     def run(graph, x, positions, segments):
@@ -157,13 +156,10 @@ def test_a_2x4_mesh_gives_the_single_device_output_and_gradients(kind):
         return y, nnx.to_pure_dict(nnx.state(grads[0])), grads[1]
 
     expected = run(make(kind), x, positions, segments)
-    mesh = make_mesh(2, 4)
     with jax.set_mesh(mesh):
-        batch = jax.NamedSharding(mesh, P(("data", "fsdp")))
-        layer = make(kind)
-        assert "fsdp" in jax.typeof(layer.q_dnh[...]).sharding.spec
-        got = run(layer, *jax.device_put((x, positions, segments), batch))
-        assert jax.typeof(got[1]["o_nhd"]).sharding.spec == P(None, None, "fsdp")
+        tokens = [jax.device_put(a, jax.NamedSharding(mesh, spec("batch", "seq"))) for a in (x, positions, segments)]
+        got = run(make(kind), *tokens)
+        assert jax.typeof(got[1]["o_nhd"]).sharding.spec == spec("heads", None, "embed")
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
 

@@ -7,16 +7,16 @@ import optax
 import pytest
 
 from engram_jax.layers.cross_entropy import NO_LOSS, token_losses
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import spec
 
 pytestmark = pytest.mark.newest
 
 
 def inputs(dtype=jnp.float32):
     rng = np.random.default_rng(0)
-    hidden, head = jnp.asarray(rng.normal(size=(8, 5, 16)), dtype), jnp.asarray(rng.normal(size=(16, 37)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, 37, (8, 5)), jnp.int32).at[0, 2:].set(NO_LOSS).at[3].set(NO_LOSS)
-    return hidden, head, targets, jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
+    hidden, head = jnp.asarray(rng.normal(size=(8, 6, 16)), dtype), jnp.asarray(rng.normal(size=(16, 38)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 38, (8, 6)), jnp.int32).at[0, 2:].set(NO_LOSS).at[3].set(NO_LOSS)
+    return hidden, head, targets, jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
 
 
 def reference(hidden, head, targets):
@@ -48,16 +48,14 @@ def test_bfloat16_states_give_float32_losses_and_head_gradients():
     assert (d_hidden.dtype, d_head.dtype) == (jnp.bfloat16, jnp.float32)
 
 
-def test_equal_on_a_mesh():
+def test_equal_on_a_mesh(mesh):
     hidden, head, targets, weights = inputs()
     grad = jax.jit(jax.grad(weighted(token_losses, weights), argnums=(0, 1)))
     expected = grad(hidden, head, targets)
-    mesh = make_mesh(2, 4)
     with jax.set_mesh(mesh):
-        rows = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
-        place = [jax.device_put(hidden, rows), jax.device_put(head, jax.NamedSharding(mesh, jax.P("fsdp")))]
-        weights_there = jax.device_put(weights, rows)
-        grad = jax.jit(jax.grad(weighted(token_losses, weights_there), argnums=(0, 1)))
-        got = grad(*place, jax.device_put(targets, rows))
-        assert got[1].sharding.spec == jax.P("fsdp", None)
+        tokens = jax.NamedSharding(mesh, spec("batch", "seq"))
+        hidden, targets, weights = jax.device_put((hidden, targets, weights), tokens)
+        head = jax.device_put(head, jax.NamedSharding(mesh, spec("embed", "vocab")))
+        got = jax.jit(jax.grad(weighted(token_losses, weights), argnums=(0, 1)))(hidden, head, targets)
+        assert got[1].sharding.spec == spec("embed", "vocab")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)

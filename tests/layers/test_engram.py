@@ -10,6 +10,7 @@ from flax import nnx
 
 from engram_jax.config import EngramConfig, ModelConfig
 from engram_jax.layers.engram import EngramReader, copysign_sqrt, gate_scores, gated_short_conv, shift, signed_sqrt
+from engram_jax.sharding import spec
 
 pytestmark = pytest.mark.newest
 
@@ -195,3 +196,36 @@ def test_one_token_sequence():
         jnp.ones((1, 1, 2)), jnp.ones((1, 1, 4)), jnp.ones((2, 4)), jnp.ones((4, 2, 4)), None, 3, 1e-20
     )
     np.testing.assert_allclose(y, 1 + jax.nn.silu(1.0) * jnp.ones((1, 1, 2, 4)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("cross_documents", [False, True])
+def test_a_mesh_gives_the_single_device_output_and_gradients(mesh, cross_documents):
+    """Where the sequence is cut, the convolution's taps reach into the piece to the left, and their gradients back."""
+    rng = np.random.default_rng()
+    x, rows = rng.normal(size=(8, 24, 4, 32)), rng.normal(size=(8, 24, 8, 8))
+    segments = np.sort(rng.integers(1, 4, (8, 24)), axis=1).astype(np.int32)
+
+    def make_it():
+        reader = make_reader(engram_cross_documents=cross_documents)
+        reader.conv_kmd[...] = reader.conv_kmd[...] + jnp.asarray(taps, jnp.float32)
+        return jax.tree.map(lambda weight: weight.astype(jnp.float64), reader)
+
+    taps = rng.normal(size=(4, 4, 32))
+
+    @jax.jit
+    def run(reader, x, rows, segments):
+        def loss(reader, x, rows):
+            y = reader(x, rows, segments)
+            return jnp.mean(y**2), y
+
+        (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(reader, x, rows)
+        return y, nnx.to_pure_dict(nnx.state(grads[0])), grads[1:]
+
+    with jax.enable_x64(True):
+        arrays = jnp.asarray(x), jnp.asarray(rows), jnp.asarray(segments)
+        expected = run(make_it(), *arrays)
+        with jax.set_mesh(mesh):
+            arrays = jax.device_put(arrays, jax.NamedSharding(mesh, spec("batch", "seq")))
+            got = run(make_it(), *arrays)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * np.abs(a).max())

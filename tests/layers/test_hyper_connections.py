@@ -10,7 +10,7 @@ from jax.test_util import check_grads
 
 from engram_jax.config import ConfigError
 from engram_jax.layers.hyper_connections import HyperConnection, read_streams, sinkhorn, write_streams
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import BATCH, make_mesh
 
 pytestmark = pytest.mark.newest
 
@@ -144,7 +144,7 @@ def test_a_2x4_mesh_gives_the_single_device_output_and_gradients():
     expected = run(make(gate=0.5), x)
     mesh = make_mesh(2, 4)
     with jax.set_mesh(mesh):
-        got = run(make(gate=0.5), jax.device_put(x, jax.NamedSharding(mesh, P(("data", "fsdp")))))
+        got = run(make(gate=0.5), jax.device_put(x, jax.NamedSharding(mesh, P(BATCH))))
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
 

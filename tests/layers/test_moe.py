@@ -1,5 +1,6 @@
-"""The three forms of the routed experts against each other and a NumPy loop; routing, balance, and the 2x4 mesh."""
+"""The three forms of the routed experts against each other and a NumPy loop; routing, balance, and meshes."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -7,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from engram_jax.config import ModelConfig, MoEConfig
 from engram_jax.layers.moe import Buffer, MoE, balance_stats, blocked, every_expert, ragged, route, updated_bias
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import make_mesh, spec
 
 pytestmark = pytest.mark.newest
 
@@ -189,10 +189,8 @@ def test_no_shared_expert():
     assert np.abs(call(layer, x)[0]).max() > 0
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "ragged"])
-def test_a_2x4_mesh_gives_the_single_device_output_stats_and_gradients(implementation):
-    x = jax.random.normal(jax.random.key(1), (8, 5, 16))
-    segments = jnp.asarray([[1, 1, 1, 0, 0]] * 3 + [[1] * 5] * 5)
+def run_sharded(mesh, make_layer, x, segments):
+    """Output, statistics, and gradients of parameters and input: on one device, and on the mesh."""
 
     @jax.jit
     def run(layer, x, segments):
@@ -203,14 +201,46 @@ def test_a_2x4_mesh_gives_the_single_device_output_stats_and_gradients(implement
         (_, aux), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
         return aux, nnx.to_pure_dict(nnx.state(grads[0], nnx.Param)), grads[1]
 
-    expected = run(make(implementation=implementation), x, segments)
-    mesh = make_mesh(2, 4)
+    expected = run(make_layer(), x, segments)
     with jax.set_mesh(mesh):
-        batch = jax.NamedSharding(mesh, P(("data", "fsdp")))
-        got = run(make(implementation=implementation), *jax.device_put((x, segments), batch))
-        assert jax.typeof(got[1]["gate_edf"]).sharding.spec == P(None, "fsdp", None)
+        x = jax.device_put(x, jax.NamedSharding(mesh, spec("batch", "seq", "act")))
+        segments = jax.device_put(segments, jax.NamedSharding(mesh, spec("batch", "seq")))
+        got = run(make_layer(), x, segments)
+        assert jax.typeof(got[1]["gate_edf"]).sharding.spec == spec("experts", "expert_embed", "ffn")
+    return expected, got
+
+
+def assert_equal(expected, got):
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "ragged"])
+def test_a_mesh_gives_the_single_device_output_stats_and_gradients(mesh, implementation):
+    x = jax.random.normal(jax.random.key(1), (8, 6, 16))
+    segments = jnp.asarray([[1, 1, 1, 0, 0, 0]] * 3 + [[1] * 6] * 5)
+    expected, got = run_sharded(
+        mesh, lambda: make(implementation=implementation, n_routed_experts=8, capacity_factor=9.0), x, segments
+    )
+    assert_equal(expected, got)
+
+
+@pytest.mark.parametrize("favourite", [0, 5])
+def test_what_does_not_fit_is_carried_in_further_rounds(favourite):
+    """All tokens want the same expert, and blocks have room for a third of an even share."""
+
+    def make_layer():
+        layer = make(n_routed_experts=8, num_experts_per_tok=2, capacity_factor=0.3)
+        layer.balance_bias[...] = 10 * jax.nn.one_hot(favourite, 8)
+        return layer
+
+    x, segments = jax.random.normal(jax.random.key(1), (8, 48, 16)), jnp.ones((8, 48), jnp.int32)
+    expected, got = run_sharded(make_mesh(1, 2, expert=4), make_layer, x, segments)
+    (y, stats), grads, d_x = got
+    assert stats.carried > 0.2
+    assert expected[0][1].carried == 0
+    stats = dataclasses.replace(stats, carried=jnp.zeros(()))
+    assert_equal(expected, ((y, stats), grads, d_x))
 
 
 @pytest.mark.parametrize("implementation", ["blocked", "ragged", "every_expert"])

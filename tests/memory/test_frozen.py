@@ -14,7 +14,7 @@ from engram_jax.memory.placements import DevicePlacement, HostPlacement, NumpyPl
 from engram_jax.memory.quantized import dequantize, quantize
 from engram_jax.memory.row_optimizers import CatchUpAdam
 from engram_jax.memory.store import MemoryStore
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import MESH_AXES, make_mesh
 
 pytestmark = pytest.mark.newest
 V = 50
@@ -35,7 +35,7 @@ def trained(mesh, head_dim=32):
 
 def tokens(mesh, seed):
     ids = np.random.default_rng(seed).integers(0, V, (8, 12)).astype(np.int32)
-    return jax.device_put(ids, jax.NamedSharding(mesh, jax.P(("data", "fsdp")))) if mesh else jnp.asarray(ids)
+    return jax.device_put(ids, jax.NamedSharding(mesh, jax.P(MESH_AXES))) if mesh else jnp.asarray(ids)
 
 
 @pytest.mark.parametrize(

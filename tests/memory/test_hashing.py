@@ -22,7 +22,7 @@ from engram_jax.config import ConfigError, EngramConfig
 from engram_jax.memory import hashing
 from engram_jax.memory.compression import TokenMap, canonicalize_numpy
 from engram_jax.memory.hashing import HashConstants, hash_constants, ngram_row_ids, ngram_row_ids_numpy
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import MESH_AXES, make_mesh
 
 pytestmark = pytest.mark.newest
 
@@ -333,13 +333,13 @@ def test_sharded_batches_stay_where_they_are():
         return ngram_row_ids(constants, 3, hashing.canonicalize(token_map, raw), segments)
 
     mesh = make_mesh(data=4, fsdp=2)
-    batch = P(("data", "fsdp"), None)
+    batch = P(MESH_AXES, None)
     with jax.set_mesh(mesh):
         on_mesh = [jax.device_put(x, NamedSharding(mesh, batch)) for x in (raw, segments)]
         rows = rows_of(*on_mesh)
         compiled = rows_of.lower(*on_mesh).compile().as_text()
-        mapped = jax.shard_map(rows_of, in_specs=(batch, batch), out_specs=P(("data", "fsdp"), None, None))(*on_mesh)
-    assert rows.sharding.spec == P(("data", "fsdp"), None, None)
+        mapped = jax.shard_map(rows_of, in_specs=(batch, batch), out_specs=P(MESH_AXES, None, None))(*on_mesh)
+    assert rows.sharding.spec == P(MESH_AXES, None, None)
     assert not re.search(r"all-gather|all-reduce|all-to-all|collective-permute", compiled)
     assert np.array_equal(rows, expected)
     assert np.array_equal(mapped, expected)

@@ -16,12 +16,12 @@ from engram_jax.config import ConfigError
 from engram_jax.memory.placements import host
 from engram_jax.memory.placements.host import HostPlacement, HostTable, check_room
 from engram_jax.memory.table import TableState
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import MESH_AXES, make_mesh
 
 pytestmark = pytest.mark.newest
 
 R, U, D = 64, 16, 6
-SHARDED = jax.P(("data", "fsdp"))
+SHARDED = jax.P(MESH_AXES)
 PLACEMENT = HostPlacement()
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 

@@ -11,7 +11,7 @@ from engram_jax.config import ConfigError
 from engram_jax.memory import routing
 from engram_jax.memory.plan import Capacity, RowIdError, check, fits, overflow
 from engram_jax.memory.table import TableLayout
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import MESH_AXES, make_mesh
 
 pytestmark = pytest.mark.newest
 
@@ -49,7 +49,7 @@ def on_mesh(shape):
         return
     mesh = make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])
     with jax.set_mesh(mesh):
-        yield mesh.size, lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+        yield mesh.size, lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(MESH_AXES)))
 
 
 def layouts(shards):

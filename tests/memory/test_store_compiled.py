@@ -19,7 +19,7 @@ from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.plan import capacity
 from engram_jax.memory.row_optimizers import CatchUpAdam, SinkhornMomentum
 from engram_jax.memory.store import MemoryStore
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import MESH_AXES, make_mesh
 from engram_jax.training.planner import Planner
 
 B, T = 8, 10
@@ -56,7 +56,7 @@ def compiled_step(store, mesh):
         grads = jax.grad(lambda rows: sum(jnp.sum(jnp.sin(r)) for r in rows.values()))(rows)
         return store.update(state, plan, store.reduce(plan, grads), 3)
 
-    ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+    ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P(MESH_AXES)))
     return jax.jit(step, donate_argnums=0).lower(store.abstract_state(), ids, ids).compile()
 
 
@@ -120,7 +120,7 @@ def test_on_real_text_few_places_travel_empty(mesh):
     store = MemoryStore.create(config, TokenMap.identity(int(ids.max()) + 1), CatchUpAdam(RATES), shards=8)
     sequences = np.random.default_rng(0).permutation(ids[: len(ids) // 512 * 512].reshape(-1, 512))
     for per_device in (4, 16):
-        batch = jax.device_put(sequences[: 8 * per_device], jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+        batch = jax.device_put(sequences[: 8 * per_device], jax.NamedSharding(mesh, jax.P(MESH_AXES)))
         plan = Planner(store)({"tokens": batch, "segment_ids": jnp.ones_like(batch)})["1"]
         asked_S = [len(np.unique(part)) for part in np.split(np.asarray(plan.ids_BTH), 8)]
         np.testing.assert_array_equal(np.asarray(plan.routes.asked_S).reshape(8, 8).sum(1), asked_S)

@@ -18,7 +18,7 @@ from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableLayout
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import MESH_AXES, make_mesh
 
 pytestmark = pytest.mark.newest
 
@@ -27,7 +27,7 @@ CONFIG = EngramConfig(engram_layer_ids=(0, 2), engram_n_heads=2, engram_head_dim
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 MESHES = [(1, 1), (2, 1), (4, 1), (8, 1), (2, 4)]
 KINDS = ("uniform", "zipf", "all equal", "padding")
-SHARDED = jax.P(("data", "fsdp"))
+SHARDED = jax.P(MESH_AXES)
 
 
 def make_store(mesh, optimizer="catch_up_adam", config=CONFIG, **settings):

@@ -18,13 +18,13 @@ from engram_jax.memory.placements import PLACEMENTS, DevicePlacement, HostPlacem
 from engram_jax.memory.row_optimizers import CatchUpAdam
 from engram_jax.memory.store import MemoryState, MemoryStore
 from engram_jax.memory.table import TableState
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import MESH_AXES, make_mesh
 from engram_jax.training.table_checkpoint import restore_tables, save_tables
 
 pytestmark = pytest.mark.newest
 
 R, U, D = 64, 24, 6
-SHARDED = jax.P(("data", "fsdp"))
+SHARDED = jax.P(MESH_AXES)
 CASES = [(0.001, False, "float32"), (0.2, True, "bfloat16"), (0.2, False, "float32"), (1.0, True, "float32")]
 """Share of the rows that are hot (8 of 64, 16, all; a batch has 24), whether several share a line, their dtype."""
 

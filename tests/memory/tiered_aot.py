@@ -16,6 +16,7 @@ from tpu_aot import BATCH, ROWS, WIDTH, memory, topology_mesh
 from engram_jax.memory.placements import DevicePlacement, HostPlacement, TieredPlacement
 from engram_jax.memory.placements.tiered import TieredTable
 from engram_jax.memory.table import TableState
+from engram_jax.sharding import MESH_AXES
 
 
 def one_row(row_dtype: str, width: int) -> TableState:
@@ -29,7 +30,7 @@ def programs(topology: str, row_dtype: str) -> dict[str, dict[str, Any]]:
     """A tiered table made; its rows read, read ahead and written by one program; rows exchanged between the tiers."""
     placement = TieredPlacement(0.1, DevicePlacement(packs_rows=True), HostPlacement())
     mesh, like = topology_mesh(topology), one_row(row_dtype, WIDTH)
-    sharded = jax.P(("data", "fsdp"))
+    sharded = jax.P(MESH_AXES)
     device = jax.NamedSharding(mesh, sharded)
 
     def on_shards(function):

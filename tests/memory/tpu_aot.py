@@ -82,11 +82,12 @@ def programs(topology: str, row_dtype: str) -> dict[str, dict[str, Any]]:
 
     from engram_jax.memory.placements.host import HostPlacement
     from engram_jax.memory.table import TableState
+    from engram_jax.sharding import MESH_AXES
 
     placement, array = HostPlacement(), jax.ShapeDtypeStruct
     slots = {name: array((1, WIDTH), "float32") for name in ("m", "v")} | {"last_step": array((1,), "int32")}
     one_row = TableState(array((1, WIDTH), row_dtype), slots, array((1,), "int32"))
-    mesh, sharded = topology_mesh(topology), jax.P(("data", "fsdp"))
+    mesh, sharded = topology_mesh(topology), jax.P(MESH_AXES)
 
     def on_shards(function):
         return jax.shard_map(function, in_specs=sharded, out_specs=sharded)

@@ -21,7 +21,7 @@ from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.plan import RowIdError, check, fits
 from engram_jax.memory.row_optimizers import CatchUpAdam
 from engram_jax.memory.store import MemoryStore
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import MESH_AXES, make_mesh
 from engram_jax.training.table_checkpoint import save_tables
 
 V, B, T, D, STEPS = 60, 16, 12, 4, 20
@@ -38,7 +38,7 @@ def store_on(shards: int) -> MemoryStore:
 def train(folder: Path, processes: int = 1, process: int = 0, damaged: bool = False) -> None:
     """Writes `tables/` and `losses-<process>.npy`, float32 [STEPS, sequences of this process], into the folder."""
     mesh = make_mesh(2, 4)
-    store, sharding = store_on(mesh.size), jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+    store, sharding = store_on(mesh.size), jax.NamedSharding(mesh, jax.P(MESH_AXES))
     plan_ids = jax.jit(store.plan_ids)
 
     @jax.jit

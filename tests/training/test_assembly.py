@@ -49,11 +49,11 @@ def test_the_state_is_sharded_at_birth_as_abstract_state_says(config, tokenizer)
         state, abstract = parts.init_state(), parts.abstract_state()
         tables = parts.store.abstract_state().tables
         abstract = dataclasses.replace(abstract, memory=dataclasses.replace(abstract.memory, tables=tables))
-        stored = spec("layers", "experts", "embed", "ffn")
+        stored = spec("layers", "experts", "expert_embed", "ffn")
     described, made = (jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.spec), tree) for tree in (abstract, state))
     assert described == made
     gate = state.params["blocks"]["00-01"]["ffn"]["gate_edf"]
-    assert gate.sharding.spec == stored and "fsdp" in stored
+    assert gate.sharding.spec == stored and "fsdp" in stored[2]
     assert gate.addressable_shards[0].data.size == gate.size // 4
     momentum = jax.tree.leaves_with_path(state.opt_state)
     of_gate = [x for path, x in momentum if path[-1] == jax.tree_util.DictKey("gate_edf")]

@@ -14,7 +14,7 @@ from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.plan import Capacity, capacity, fits, overflow
 from engram_jax.memory.row_optimizers import CatchUpAdam
 from engram_jax.memory.store import MemoryStore
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import BATCH, make_mesh
 from engram_jax.training.errors import RunError
 from engram_jax.training.planner import MULTIPLE, SLACK, PlannedBatches, Planner
 
@@ -39,7 +39,7 @@ def mesh():
 
 
 def batch_of(tokens):
-    sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(("data", "fsdp")))
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P(BATCH))
     tokens = np.broadcast_to(tokens, (B, np.shape(tokens)[-1] if np.ndim(tokens) else T)).astype(np.int32)
     return {"tokens": jax.device_put(tokens, sharding), "segment_ids": jax.device_put(np.ones_like(tokens), sharding)}
 
@@ -146,7 +146,7 @@ def test_one_device_has_nothing_to_overflow():
 
 
 def test_ids_that_are_no_rows_stop_the_run(monkeypatch):
-    honest, spec = store_module.ngram_row_ids, jax.P(("data", "fsdp"))
+    honest, spec = store_module.ngram_row_ids, jax.P(BATCH)
 
     def damaged(constants, layer, tokens, segments):
         ids = honest(constants, layer, tokens, segments)

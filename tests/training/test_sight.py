@@ -32,6 +32,7 @@ from engram_jax.data.tokenizer import train_tokenizer
 from engram_jax.layers.engram import EngramReader
 from engram_jax.memory.hashing import ngram_row_ids_numpy
 from engram_jax.memory.placements import DevicePlacement
+from engram_jax.sharding import BATCH
 from engram_jax.training.assembly import assemble
 from engram_jax.training.loop import train
 from engram_jax.training.metrics import read_metrics
@@ -115,7 +116,7 @@ STEPS = [*range(20), *range(50, 90, 3)]
 
 
 def on_devices(parts, batch):
-    return jax.device_put(batch, jax.NamedSharding(parts.mesh, jax.P(("data", "fsdp"), None)))
+    return jax.device_put(batch, jax.NamedSharding(parts.mesh, jax.P(BATCH)))
 
 
 def with_gates_apart(parts, state):
@@ -142,7 +143,7 @@ def looked(tokenizer):
         @jax.jit
         def update(memory, plan, step):
             shapes = {layer: (*p.ids_BTH.shape, 4) for layer, p in plan.items()}
-            zeros = {la: jnp.zeros(s, out_sharding=jax.P(("data", "fsdp"))) for la, s in shapes.items()}
+            zeros = {la: jnp.zeros(s, out_sharding=jax.P(BATCH)) for la, s in shapes.items()}
             return store.update(memory, plan, store.reduce(plan, zeros), step)
 
         with jax.set_mesh(parts.mesh):

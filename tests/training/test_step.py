@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from engram_jax.config import replace
+from engram_jax.sharding import BATCH, spec
 from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.planner import Planner
 from engram_jax.training.step import make_eval_step, make_train_step
@@ -61,7 +62,7 @@ class Trainer:
         return jax.tree.map(jnp.copy, self.initial)  # because a step takes its state away
 
     def on_devices(self, batch):
-        return jax.device_put(batch, NamedSharding(self.parts.mesh, P(("data", "fsdp"), None)))
+        return jax.device_put(batch, NamedSharding(self.parts.mesh, spec("batch", "seq")))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def dense_gradients(parts, params, table_Rd, buffers, batch):
 
     def loss(params, table_Rd):
         model = parts.model(params, buffers)
-        rows = {LAYER: table_Rd.at[plan[LAYER].ids_BTH].get(out_sharding=P(("data", "fsdp"), None, None, None))}
+        rows = {LAYER: table_Rd.at[plan[LAYER].ids_BTH].get(out_sharding=P(BATCH, None, None, None))}
         hidden_BTD, stats = model.hidden(batch["tokens"], rows, batch["segment_ids"], batch["positions"])
         log_p_BTV = jax.nn.log_softmax(model.logits(hidden_BTD))
         targets_BT = jnp.maximum(batch["targets"], 0)
@@ -227,12 +228,21 @@ def test_the_balancing_bias_moves_by_its_speed(trainer, make_batch):
     assert (bias_LE > 0).any() and (bias_LE < 0).any()
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 4), pytest.param(8, 1, marks=pytest.mark.slow)])
-def test_every_mesh_trains_the_same(trainer, make_batch, data, fsdp):
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"fsdp": 2, "expert": 2, "tensor": 2},
+        pytest.param({"fsdp": 2, "expert": 2, "context": 2}, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 4}, marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_every_mesh_trains_the_same(trainer, make_batch, axes):
     rng = np.random.default_rng()
     batches = [make_batch(rng) for _ in range(10)]
-    single, sharded = trainer(**CALM), trainer(8, **CALM, train__mesh_fsdp=fsdp)
-    assert dict(sharded.parts.mesh.shape) == {"data": data, "fsdp": fsdp}
+    single, sharded = trainer(**CALM), trainer(8, **CALM, **{f"train__mesh_{axis}": n for axis, n in axes.items()})
+    assert {axis: n for axis, n in sharded.parts.mesh.shape.items() if n > 1 and axis != "data"} == axes
     assert_trees_close(in_logical_order(sharded, sharded.initial), single.initial, rtol=0, atol=0)
     state, history = single.run(batches)
     sharded_state, sharded_history = sharded.run(batches)

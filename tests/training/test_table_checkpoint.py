@@ -21,7 +21,7 @@ from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryState, MemoryStore
 from engram_jax.memory.table_files import ShardWriter
 from engram_jax.memory.table_index import TableFileError
-from engram_jax.sharding import make_mesh
+from engram_jax.sharding import MESH_AXES, make_mesh
 from engram_jax.training import run_folder, table_checkpoint
 from engram_jax.training.assembly import assemble
 from engram_jax.training.checkpoint import UNFINISHED, Checkpoints
@@ -50,7 +50,7 @@ def mesh_of(data, fsdp=1):
 def filled(store, mesh, seed):
     """Tables of arbitrary rows, the same logical ones on every mesh; padding is not zero."""
     rng = np.random.default_rng(seed)
-    sharding = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+    sharding = jax.NamedSharding(mesh, jax.P(MESH_AXES))
     tables = {}
     for layer, layout in store.layouts.items():
 

@@ -43,6 +43,7 @@ def compile_step(topology: str, placement: str) -> dict[str, Any]:
         TrainConfig,
     )
     from engram_jax.data.tokenizer import train_tokenizer
+    from engram_jax.sharding import BATCH
     from engram_jax.training.assembly import assemble
     from engram_jax.training.planner import Planner
     from engram_jax.training.step import make_train_step
@@ -83,7 +84,7 @@ def compile_step(topology: str, placement: str) -> dict[str, Any]:
             return jax.tree.map(described, tree)
 
         tokens = jax.ShapeDtypeStruct(
-            (mesh.size, SEQ_LEN), jnp.int32, sharding=jax.NamedSharding(parts.mesh, jax.P(("data", "fsdp"), None))
+            (mesh.size, SEQ_LEN), jnp.int32, sharding=jax.NamedSharding(parts.mesh, jax.P(BATCH, None))
         )
         batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), tokens)
         planner = Planner(parts.store)

@@ -1,10 +1,10 @@
-"""How blocks of rows cross the mesh: two transports, one signature.
+"""How blocks of rows cross the mesh, for lookups and for routed experts: two transports, one signature.
 
     arrived = transport(block, sizes, arrived_sizes, axes)
 
-Runs inside shard_map over all mesh axes. `block` [S * C, ...] holds S parts of C places, part s for shard s, of which
-the first sizes[s] are filled; in `arrived` [S * C, ...] part s is what shard s sent here, its first arrived_sizes[s]
-places filled and the rest zero or unspecified: nobody reads them.
+Runs inside shard_map; S shards stand along `axes`. `block` [S * C, ...] holds S parts of C places, part s for shard s,
+of which the first sizes[s] are filled; in `arrived` [S * C, ...] part s is what shard s sent here, its first
+arrived_sizes[s] places filled and the rest zero or unspecified: nobody reads them.
 """
 
 from __future__ import annotations
@@ -45,5 +45,5 @@ TRANSPORTS: dict[str, Transport] = {"all_to_all": all_to_all, "ragged_all_to_all
 
 
 def default_transport(platform: str) -> str:
-    """What `memory.transport=auto` means on devices of this platform (cpu, gpu, tpu)."""
+    """What `auto` means on devices of this platform (cpu, gpu, tpu)."""
     return "ragged_all_to_all" if platform == "tpu" else "all_to_all"

@@ -1,0 +1,80 @@
+"""Causal attention on TPU: jax's splash attention kernel (Pallas), on every device's own heads and positions.
+
+No T x S array exists; blocks of keys that lie ahead of a block of queries are not computed at all.
+
+Letters: B batch, T query position, S key position, N query head, G key-value head, H query-key width, V value width.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from engram_jax.config import require
+from engram_jax.sharding import spec
+
+BLOCK = 512
+"""Queries and keys to a block."""
+
+
+def splash_attention(
+    q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGV: jax.Array, segment_ids_BT: jax.Array | None
+) -> jax.Array:
+    """softmax(q k / sqrt(H)) v -> y_BTNV in `q.dtype`, causal and within segments; S = T.
+
+    Under a mesh, heads may be cut over `tensor` and the positions of q over `context`; k and v have all positions.
+
+    Raises:
+      ConfigError: a device's positions are not a multiple of 128.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    context, tensor = (1, 1) if mesh.empty else (mesh.shape["context"], mesh.shape["tensor"])
+    length, heads = q_BTNH.shape[1:3]
+    require(
+        length // context % 128 == 0,
+        f"data.seq_len={length} over train.mesh_context={context} is not a multiple of 128, which attention on TPU "
+        "needs: choose such a length.",
+    )
+    kernel = _kernel(length, heads, context, tensor)
+    q_BNTH = (q_BTNH * q_BTNH.shape[-1] ** -0.5).swapaxes(1, 2)
+    k_BGSH, v_BGSV = k_BSGH.swapaxes(1, 2), v_BSGV.swapaxes(1, 2)
+
+    def local(kernel, q_BNTH, k_BGSH, v_BGSV, *segments):
+        segment_ids = splash.SegmentIds(*segments) if segments else None
+        return jax.vmap(kernel)(q_BNTH, k_BGSH, v_BGSV, segment_ids)
+
+    arrays = [q_BNTH, k_BGSH, v_BGSV]
+    arrays += [] if segment_ids_BT is None else [segment_ids_BT, segment_ids_BT]
+    if not mesh.empty:
+        kernel_specs = kernel.manual_sharding_spec(NamedSharding(mesh, P("tensor", "context")))
+        queries, keys = spec("batch", "heads", "seq", None), spec("batch", "heads", None, None)
+        specs = [queries, keys, keys, spec("batch", "seq"), spec("batch", None)][: len(arrays)]
+        arrays = [jax.reshard(x, s) for x, s in zip(arrays, specs, strict=True)]
+        kernel = jax.tree.map(jax.reshard, kernel, kernel_specs)
+        # check_vma=False: a Pallas call does not say over which axes its result varies.
+        local = jax.shard_map(local, in_specs=(kernel_specs, *specs), out_specs=queries, check_vma=False)
+    return local(kernel, *arrays).swapaxes(1, 2)
+
+
+@functools.lru_cache(maxsize=8)
+def _kernel(length: int, heads: int, context: int, tensor: int) -> splash.SplashAttentionKernel:
+    block = max(b for b in (128, 256, BLOCK) if length // context % b == 0)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=tensor, q_seq_shards=context)
+    return jax.tree.map(np.asarray, kernel)
