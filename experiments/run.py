@@ -5,6 +5,10 @@
   NAME --help            every field that can be overridden, with its default
   NAME --run_dir DIR     where checkpoints and metrics go (default runs/NAME); the same command again resumes
   NAME --train.steps 50  overrides a field; tuples are written 1 4, booleans True or False
+  NAME --profile         traces a few steps and writes what they took to DIR/profile/summary.md
+
+On several hosts the same command runs on each: TPU slices, GKE and Slurm are found, elsewhere it takes
+--coordinator HOST:PORT --num_processes N --process_id I. DIR must then be a folder that all of them share.
 
 Several names are trained one after the other, with the same overrides, and then compared (compare.png, compare.md).
 The first is the baseline.
@@ -19,6 +23,7 @@ import io
 import json
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +31,7 @@ from typing import Annotated
 import tyro
 
 from engram_jax.config import ConfigError, RunConfig, require, to_dict
-from engram_jax.training.errors import RunError
+from engram_jax.training.errors import FAILED, FINISHED, INTERRUPTED, MISTAKEN, PEERS_LOST, PeersError, RunError
 from experiments.registry import RUNS, build, nearest
 
 
@@ -37,31 +42,63 @@ class Options:
     """Show the resolved config, its parameters, FLOPs and bytes, and stop."""
     run_dir: Path | None = None
     """Where checkpoints and metrics go. Several runs: the folder that holds one folder each."""
+    profile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Trace a few steps and write a page about them: profile/summary.md in the run's folder."""
+    coordinator: str = ""
+    """HOST:PORT of process 0. Needed only where the processes are not found: not on TPU slices, GKE and Slurm."""
+    num_processes: int | None = None
+    """With coordinator: how many processes train together."""
+    process_id: int | None = None
+    """With coordinator: which of them this is, from 0."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Does what the command line `arguments` say; returns the exit status.
+    """Does what the command line `arguments` say; returns the exit status (training/errors.py).
 
-    Errors are one line each: 2 after a mistake in the arguments, 1 if a run cannot go on.
+    Errors are one line each.
     """
     try:
-        run(list(arguments))
+        return run(list(arguments))
     except (ConfigError, RunError) as error:
+        status, together = MISTAKEN if isinstance(error, ConfigError) else FAILED, True
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
+    except PeersError as error:
+        status, together = PEERS_LOST, False
+        print(f"error: {error}", file=sys.stderr)
+    except BaseException as error:
+        if "jax" not in sys.modules or not _among_others():
+            raise
+        status, together = INTERRUPTED if isinstance(error, KeyboardInterrupt) else PEERS_LOST, False
+        traceback.print_exc()
+        print(
+            "error: this process ends, and with it the others, within a minute. If the lines above speak of a "
+            "connection or a peer, another process died first. The same command on all continues from the last "
+            "checkpoint.",
+            file=sys.stderr,
+        )
+    if "jax" in sys.modules and _among_others():
+        from engram_jax.training.distributed import leave
+
+        leave(status, together)
+    return status
 
 
-def run(arguments: list[str]) -> None:
+def _among_others() -> bool:
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def run(arguments: list[str]) -> int:
     first_option = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     names, overrides = arguments[:first_option], arguments[first_option:]
     if not names and overrides == ["--list"]:
         width = max(map(len, RUNS))
         print("\n".join(f"{name:{width}}  {_doc(name).splitlines()[0]}" for name in RUNS))
-        return
+        return FINISHED
     if not names and (not overrides or overrides[0] in ("-h", "--help")):
         print(f"{(__doc__ or '').strip()}\n\nRuns: {', '.join(RUNS)}")
-        return
+        return FINISHED
     require(bool(names), f"the run's name comes first: NAME {' '.join(overrides)}")
     # All are parsed before the first is trained: a mistake in the last name should not surface hours later.
     parsed = {name: parse(build(name), overrides) for name in names}
@@ -72,16 +109,36 @@ def run(arguments: list[str]) -> None:
 
             print(f"{json.dumps(to_dict(options.config), indent=2)}\n\n{describe(options.config)}")
         else:
-            from engram_jax.training.loop import train
-
             given = options.run_dir
             trained.append(given if given and len(parsed) == 1 else (given or Path("runs")) / name)
-            if train(options.config, trained[-1]).evaluation is None:
-                return  # stopped by the user, who does not want the next run either
+            if status := train(options, trained[-1]):
+                return status  # stopped by somebody who does not want the next run either
     if len(trained) > 1:
+        from engram_jax.training.distributed import is_first
         from experiments.compare import compare
 
-        print(f"Picture and table: {compare(trained)}")
+        if is_first():
+            print(f"Picture and table: {compare(trained)}")
+    return FINISHED
+
+
+def train(options: Options, run_dir: Path) -> int:
+    """Trains one run; returns FINISHED or the status of what stopped it."""
+    from engram_jax.training import distributed, loop
+
+    distributed.start(options.coordinator, options.num_processes, options.process_id)
+    keep_compiled_programs(options.config)
+    return loop.train(options.config, run_dir, profile=options.profile).status
+
+
+def keep_compiled_programs(config: RunConfig) -> None:
+    """A restart should not compile again. What the user has set in jax's own way stays."""
+    import jax
+
+    from engram_jax.data.cache import cache_root
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
 
 
 def parse(config: RunConfig, overrides: Sequence[str]) -> Options:

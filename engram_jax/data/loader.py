@@ -1,15 +1,15 @@
-"""Batches of windows: shuffled, split over processes, assembled ahead of time, and resumable at any step.
+"""Batches of windows: shuffled, assembled ahead of time, resumable at any step, on each process its own rows.
 
-A batch is a pure function of (seed, step, process), so the whole state of the stream is one integer. The global batch
-of step s is windows [s*B, s*B + B) of grain's endless shuffle; process p of n gets the p-th of n equal parts, so the
-parts put together in process order are the same global batch for every n.
+A batch is a pure function of (seed, step), so the whole state of the stream is one integer. The global batch of step s
+is windows [s*B, s*B + B) of grain's endless shuffle, whatever the number of processes; each of them assembles the rows
+of it that its devices need.
 
-Legend: B global batch size, b = B / processes, T tokens of a window.
+Legend: B global batch size, b rows of it on this process, T tokens of a window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -37,23 +37,14 @@ class TextData:
     """Of the documents' contents; every process of a run must have the same."""
 
 
-def load_data(
-    config: DataConfig,
-    vocab_size: int,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    log: Callable[[str], None] = print,
-) -> TextData:
+def load_data(config: DataConfig, vocab_size: int, log: Callable[[str], None] = print) -> TextData:
     """Opens the corpus, trains or loads the tokenizer, tokenises: all cached, so only the first run takes its time.
 
-    Every process calls it; those that share a file system build the cache once. Process 0 reports through `log`.
+    Every process calls it; those that share a file system build the cache once.
 
     Raises:
       ConfigError: anything wrong with the corpus, the tokenizer, the cache or the batch size.
     """
-    log = log if process_index == 0 else _silent
-    _check_batch_size(config.batch_size, process_count)
     corpus = open_corpus(config)
     tokenizer = tokenizer_for(config, vocab_size, corpus, log)
     tokenised = tokenise_corpus(config, corpus, tokenizer, log)
@@ -71,7 +62,7 @@ def load_data(
 class Batches:
     """An endless iterator of training batches: dicts of int32 [b, T] arrays (see WindowSource).
 
-    `get_state()` is a JSON-able dict that stands for the next batch; it holds for any process count and worker count.
+    `get_state()` is a JSON-able dict that stands for the next batch; it holds for any rows and worker count.
     Use it as a context manager, or `close()` it: it owns threads or worker processes.
     """
 
@@ -121,63 +112,63 @@ class Batches:
         return iter(ahead)
 
 
+class _Rows:
+    """The given rows of batch after batch of endless windows, as grain sources are: `source[step]`."""
+
+    def __init__(self, windows: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._windows, self._batch_size, self._rows = windows, batch_size, rows
+
+    def __len__(self) -> int:
+        return len(self._windows) // self._batch_size
+
+    def __getitem__(self, index: int) -> Batch:
+        windows = [self._windows[index * self._batch_size + row] for row in self._rows]
+        return _stack([window for window in windows if window is not None])  # none is: nothing filters them
+
+
 def train_batches(
     source: WindowSource,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     worker_count: int = 0,
     start_step: int = 0,
 ) -> Batches:
     """Batches of shuffled windows without end, every window once per epoch; each epoch has its own order.
 
     Args:
-      batch_size: B, over all processes; this process gets rows [process_index * b, process_index * b + b).
+      batch_size: B, over all processes.
+      rows: the rows of each global batch that are wanted here; None: all.
       worker_count: grain worker processes that assemble batches; 0: a thread of this one.
 
     Raises:
-      ConfigError: B is not a multiple of process_count or exceeds the number of windows, or the seed is negative.
+      ConfigError: B exceeds the number of windows, or the seed is negative.
     """
-    _check_batch_size(batch_size, process_count)
     _check_enough_windows(source, batch_size)
     require(0 <= seed < 1 << 32, f"data.seed={seed} must lie in 0..2^32-1.")
     windows = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
-    parts = windows.batch(batch_size // process_count)
-    return Batches(parts[process_index::process_count], worker_count, start_step)
+    rows = range(batch_size) if rows is None else rows
+    return Batches(grain.MapDataset.source(_Rows(windows, batch_size, rows)), worker_count, start_step)
 
 
-def eval_batches(
-    source: WindowSource, batch_size: int, max_batches: int = 0, process_index: int = 0, process_count: int = 1
-) -> Iterator[Batch]:
+def eval_batches(source: WindowSource, batch_size: int, max_batches: int = 0) -> Iterator[Batch]:
     """Windows in order, once; the last batch is filled up with padding rows.
 
     With fewer than all batches (`max_batches`, 0: all) the windows lie evenly spread over the split, so that the losses
-    estimate the whole and not the first documents. All processes get the same number of batches, split as in
-    `train_batches`.
-
-    Raises:
-      ConfigError: batch_size is not a multiple of process_count.
+    estimate the whole and not the first documents.
     """
-    _check_batch_size(batch_size, process_count)
-    rows = batch_size // process_count
     num_batches = -(-len(source) // batch_size)
     chosen = range(len(source))
     if 0 < max_batches < num_batches:
         num_batches, count = max_batches, max_batches * batch_size
         chosen = [i * len(source) // count for i in range(count)]
     for step in range(num_batches):
-        begin = step * batch_size + process_index * rows
-        slots = range(begin, begin + rows)
-        windows = [source[chosen[i]] if i < len(chosen) else source.padding() for i in slots]
-        yield {name: np.stack([window[name] for window in windows]) for name in windows[0]}
+        slots = range(step * batch_size, (step + 1) * batch_size)
+        yield _stack([source[chosen[i]] if i < len(chosen) else source.padding() for i in slots])
 
 
-def _check_batch_size(batch_size: int, process_count: int) -> None:
-    require(
-        batch_size % process_count == 0,
-        f"data.batch_size={batch_size} must be a multiple of the {process_count} processes.",
-    )
+def _stack(windows: list[Batch]) -> Batch:
+    return {name: np.stack([window[name] for window in windows]) for name in windows[0]}
 
 
 def _check_enough_windows(source: WindowSource, batch_size: int) -> None:
@@ -186,7 +177,3 @@ def _check_enough_windows(source: WindowSource, batch_size: int) -> None:
         f"data.batch_size={batch_size} exceeds the {len(source)} training windows of {source.seq_len} tokens that the "
         "corpus has. Lower data.batch_size or data.seq_len, or give more text.",
     )
-
-
-def _silent(_: str) -> None:
-    pass

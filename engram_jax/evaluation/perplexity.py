@@ -29,7 +29,7 @@ class Evaluation:
 
 
 def evaluate(
-    token_losses: Callable[[Batch], jax.Array],
+    token_losses: Callable[[Batch], jax.Array | np.ndarray],
     batches: Iterable[Batch],
     byte_lengths: np.ndarray,
     counts: NgramCounts | None = None,

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from engram_jax.config import CheckpointConfig
 from engram_jax.training.assembly import Parts
+from engram_jax.training.distributed import agree, is_first
 from engram_jax.training.errors import RunError
 from engram_jax.training.state import TrainState
 from engram_jax.training.table_checkpoint import RestoreTables, SaveTables
@@ -25,7 +26,10 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class Checkpoints:
-    """The checkpoints of one run. Use as a context manager: leaving it waits for the last write, also on an error."""
+    """The checkpoints of one run. Use as a context manager: leaving it waits for the last write, also on an error.
+
+    Among several processes each writes its shards, and all must make the same calls.
+    """
 
     def __init__(
         self,
@@ -50,8 +54,10 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # Closing waits for the other processes, which may know nothing of the error and never come.
+        if kind is None or jax.process_count() == 1:
+            self._manager.close()
 
     @property
     def steps(self) -> list[int]:
@@ -87,11 +93,12 @@ class Checkpoints:
         """Raises `RunError` if the disk cannot hold one more copy of the tables and of `state` (arrays or shapes)."""
         needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) + self._store.num_bytes
         free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise RunError(
-                f"{self.directory} has {free / 1e9:.2f} GB free and a checkpoint takes up to {needed / 1e9:.2f} GB. "
-                f"{self._last_good()} Free some space, then give the same command again."
-            )
+        problem = (
+            f"{self.directory} has {free / 1e9:.2f} GB free and a checkpoint takes up to {needed / 1e9:.2f} GB. "
+            f"{self._last_good()} Free some space, then give the same command again."
+        )
+        if problem := agree(problem if free < needed else ""):
+            raise RunError(problem)
 
     def restore(self, abstract: TrainState, check: Callable[[dict[str, Any]], None]) -> TrainState | None:
         """The newest state that can be read, or None. `check` sees the meta first and raises if it does not fit.
@@ -124,22 +131,28 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, problems: dict[int, str], **items: ocp.args.CheckpointArgs) -> Any | None:
+        """None, and an entry in `problems`, if any process cannot read it."""
+        reason, read = "", None
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            read = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # a damaged array is no more than this to Orbax
             reason = str(error.__cause__ or error).strip() or type(error).__name__
-            problems[step] = reason.splitlines()[0][:200]
-            self.log(f"Checkpoint {step} cannot be read ({problems[step]}): skipped.")
+        if reason := agree(reason.split("\n", 1)[0][:200]):
+            problems[step] = reason
+            self.log(f"Checkpoint {step} cannot be read ({reason}): skipped.")
             return None
+        return read
 
     def _set_aside(self, steps: Iterable[int]) -> None:
         """Renames checkpoints that cannot be read: Orbax saves no step that is not beyond the newest one it sees."""
-        if self.read_only or jax.process_index() != 0:
+        steps = list(steps)
+        if self.read_only or not steps:
             return
-        for step in steps:
+        for step in steps if is_first() else ():
             aside = self.directory / f"{step}.unreadable"
             shutil.rmtree(aside, ignore_errors=True)
             (self.directory / str(step)).rename(aside)
+        agree("")  # the others look again once it is done
         self._manager.reload()
 
     def _failed(self, error: OSError) -> RunError:

@@ -1,5 +1,21 @@
-"""What stops a run through no fault of the program: said in one message, with what to do next."""
+"""What stops a run through no fault of the program: said in one message, with what to do next.
+
+The exit statuses of `python -m experiments.run`, which whoever starts it again relies on:
+
+    0    finished
+    1    the run cannot go on (RunError), 2 wrong settings (ConfigError): somebody has to look
+    75   stopped by SIGTERM, the notice before a preemption, and saved: start again
+    130  stopped by Ctrl-C, and saved
+    70   other processes are missing (PeersError), or a program failed among several processes: start again, later
+    any other, death by a signal among them: start again, later
+"""
+
+FINISHED, FAILED, MISTAKEN, PEERS_LOST, TERMINATED, INTERRUPTED = 0, 1, 2, 70, 75, 130
 
 
 class RunError(RuntimeError):
     """A run that cannot go on or be continued; the message is all the user needs to read."""
+
+
+class PeersError(RuntimeError):
+    """Other processes of the run are gone or did not come: to start again may help."""

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from engram_jax.config import RunConfig
 from engram_jax.data.loader import TextData, eval_batches, load_data, train_batches
 from engram_jax.evaluation.frequency import NgramCounts
 from engram_jax.evaluation.perplexity import Evaluation, evaluate
-from engram_jax.sharding import spec
 from engram_jax.training import run_folder
 from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.checkpoint import Checkpoints
-from engram_jax.training.errors import RunError
+from engram_jax.training.distributed import is_first
+from engram_jax.training.door import folder_of_one_run
+from engram_jax.training.errors import FINISHED, RunError
+from engram_jax.training.feed import Feed, on_host
+from engram_jax.training.goodput import Goodput
 from engram_jax.training.metrics import MetricsWriter, Progress, duration, read_metrics
+from engram_jax.training.profile import Profile
 from engram_jax.training.run_folder import write_json
-from engram_jax.training.state import TrainState
+from engram_jax.training.state import Batch, TrainState
 from engram_jax.training.stepper import Stepper, make_evaluator
+from engram_jax.training.stopping import StopRequest
 
 Log = Callable[[str], None]
 
@@ -39,27 +40,32 @@ class TrainResult:
     text: TextData
     evaluation: Evaluation | None
     """On the held-out documents; None if the run was stopped before its last step."""
+    status: int
+    """Exit status (training/errors.py): FINISHED, or why it was stopped."""
 
 
-def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
+def train(config: RunConfig, run_dir: Path, log: Log = print, profile: bool = False) -> TrainResult:
     """Trains to `config.train.steps`, continuing from the newest checkpoint in `run_dir` if there is one.
 
-    Writes config.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, result.json.
+    Writes config.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, result.json; with
+    `profile` also profile/. Among several processes (training/distributed.py) all call it, and the first one writes
+    and logs what is written once.
 
     Raises:
-      ConfigError: the settings cannot work, or differ from those the run was started with.
+      ConfigError: the settings cannot work, or differ from those the run was started with; the folder is unfit.
       RunError: the loss or gradient is no longer finite, the disk is full, no checkpoint can be read.
     """
+    if not is_first():
+        log = _silent
+    with Goodput() as goodput, folder_of_one_run(run_dir, log):
+        return _train(config, run_dir, log, Profile(run_dir / "profile") if profile else None, goodput)
+
+
+def _train(config: RunConfig, run_dir: Path, log: Log, profile: Profile | None, goodput: Goodput) -> TrainResult:
     started = time.perf_counter()
 
     # --- data and the parts of the run ---
-    text = load_data(
-        config.data,
-        config.model.vocab_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        log=log,
-    )
+    text = load_data(config.data, config.model.vocab_size, log)
     parts = assemble(config, text.tokenizer.backend)
     config = parts.config
     run_folder.check(run_dir, config)
@@ -70,25 +76,27 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
     with (
         jax.set_mesh(parts.mesh),
         Checkpoints(run_dir / "checkpoints", config.checkpoint, parts, log) as checkpoints,
-        _StopRequest() as stop,
+        StopRequest(parts.mesh) as stop,
     ):
         # --- state: restored, or new ---
         meta = run_folder.meta(config, text, parts)
         checkpoints.check_room(parts.abstract_state())
         restored = checkpoints.restore(parts.abstract_state(), lambda saved: run_folder.check_meta(saved, meta, parts))
         state = restored if restored is not None else parts.init_state()
-        first_step = int(state.step)
+        first_step = int(jax.device_get(state.step))
         if first_step == config.train.steps:
             log(f"All {first_step} steps are done already: only the evaluation is repeated.")
         elif first_step:
             log(f"Resumed at step {first_step} of {config.train.steps}.")
         run_folder.describe(run_dir, config, text)
+        goodput.resume(read_metrics(run_dir), first_step)
 
+        feed = Feed(parts.mesh, config.data.batch_size)
         token_losses_on = make_evaluator(parts, log)
 
         def validate(max_batches: int, counts: NgramCounts | None = None) -> Evaluation:
-            def token_losses(batch: dict[str, np.ndarray]) -> jax.Array:
-                return token_losses_on(state, to_devices(batch, parts.mesh))
+            def token_losses(batch: dict[str, np.ndarray]) -> np.ndarray:
+                return on_host(token_losses_on(state, feed.whole(batch)))
 
             batches = eval_batches(text.validation, config.data.batch_size, max_batches)
             return evaluate(token_losses, batches, text.tokenizer.byte_lengths(), counts)
@@ -101,41 +109,56 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
             text.train,
             config.data.batch_size,
             config.data.seed,
-            jax.process_index(),
-            jax.process_count(),
+            feed.rows,
             config.data.worker_count,
             start_step=first_step,
         )
+
+        def batches_on_devices() -> Iterator[Batch]:
+            while True:
+                with goodput.on("data"):
+                    batch = next(batches)
+                yield feed.rows_here(batch)
+
         with (
             batches,
             MetricsWriter(run_dir, first_step, config.train.tensorboard) as writer,
-            Stepper(parts, (to_devices(batch, parts.mesh) for batch in batches), log) as train_step,
+            Stepper(parts, batches_on_devices(), log) as train_step,
         ):
 
             def report(step: int, metrics: dict[str, jax.Array], seen: dict[str, jax.Array]) -> None:
                 """Waits for a step's numbers; called once the next step is under way."""
-                values = {name: float(value) for name, value in metrics.items()}
+                values, looks = (
+                    {name: float(value) for name, value in numbers.items()}
+                    for numbers in jax.device_get((metrics, seen))
+                )
                 for name in ("loss", "grad_norm"):
                     if not math.isfinite(values[name]):
+                        checkpoints.wait()
                         saved = checkpoints.steps
                         good = f"checkpoint {saved[-1]} is the last good one" if saved else "there is no checkpoint yet"
                         raise RunError(
                             f"Step {step}: {name} is {values[name]}, so the run stops; {good}. "
                             "Lower optimizer.learning_rate or optimizer.clip_norm, or lengthen optimizer.warmup_steps."
                         )
-                looks = {name: float(value) for name, value in seen.items()}
                 looks = {name: value for name, value in looks.items() if not math.isnan(value)}
                 if step % config.train.log_every == 0 or step in (first_step + 1, config.train.steps):
                     rate = progress.tokens_per_second(step)
-                    writer.write(step, values | looks | {"tokens_per_second": rate})
+                    writer.write(step, values | looks | {"tokens_per_second": rate} | goodput.shares())
                     log(progress.line(step, values, rate))
                 elif looks:
                     writer.write(step, looks)
 
-            step = first_step
-            while step < config.train.steps and not stop.requested:
-                seen = train_step.look(state) if _due(step + 1, config.memory.sight_every) else {}
-                state, metrics = train_step(state, step)
+            step, status = first_step, FINISHED
+            goodput.turn_to("steps")
+            while step < config.train.steps and not status:
+                asked = stop.ask()
+                if profile is not None:
+                    profile.before_step(step - first_step, state)
+                # What moves between host and devices here is asked for by name, so that nothing waits unseen.
+                with jax.transfer_guard("disallow"):
+                    seen = train_step.look(state) if _due(step + 1, config.memory.sight_every) else {}
+                    state, metrics = train_step(state, step)
                 step += 1
                 if pending is not None:
                     report(*pending)
@@ -145,8 +168,9 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
                 if _due(step, config.train.eval_every) and not is_last:
                     report(*pending)
                     pending, paused = None, time.perf_counter()
-                    train_step.settle()
-                    validation = validate(config.train.eval_batches)
+                    with goodput.on("evaluation"):
+                        train_step.settle()
+                        validation = validate(config.train.eval_batches)
                     writer.write(step, {"validation_loss": validation.loss, "bits_per_byte": validation.bits_per_byte})
                     log(f"step {step}  validation loss {validation.loss:.4f}  {validation.bits_per_byte:.4f} bits/byte")
                     progress.pause(time.perf_counter() - paused)
@@ -155,9 +179,13 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
                         report(*pending)
                         pending = None
                     paused = time.perf_counter()
-                    train_step.settle()
-                    checkpoints.save(step, state, meta)
+                    with goodput.on("saving"):
+                        train_step.settle()
+                        checkpoints.save(step, state, meta)
                     progress.pause(time.perf_counter() - paused)
+                status = stop.answer(asked)
+            if profile is not None:
+                profile.close(step - first_step, state, log)
 
             if step < config.train.steps:
                 log(f"Stopping at step {step}: saving. Ctrl-C again stops at once, without saving.")
@@ -168,54 +196,31 @@ def train(config: RunConfig, run_dir: Path, log: Log = print) -> TrainResult:
                     checkpoints.save(step, state, meta)
                 checkpoints.wait()
                 log(f"Stopped at step {step}, saved. The same command continues from here.")
-                return TrainResult(state, parts, text, None)
+                return TrainResult(state, parts, text, None, status)
 
             # --- the last evaluation, on everything held out ---
-            counts = NgramCounts.of(text.train.stream.tokens, order=3)
-            evaluation = validate(config.train.eval_batches_final, counts)
+            with goodput.on("evaluation"):
+                counts = NgramCounts.of(text.train.stream.tokens, order=3)
+                evaluation = validate(config.train.eval_batches_final, counts)
             final = {"validation_loss": evaluation.loss, "bits_per_byte": evaluation.bits_per_byte}
             if {"step": step, **final} not in read_metrics(run_dir):  # a finished run, started again
                 writer.write(step, final)
-        checkpoints.wait()
+        with goodput.on("saving"):
+            checkpoints.wait()
 
-    write_json(
-        run_dir / "result.json",
-        {"name": config.name, "step": step, "corpus_sha256": text.corpus_sha256, **evaluation.to_dict()},
-    )
+    if is_first():
+        result = {"name": config.name, "step": step, "corpus_sha256": text.corpus_sha256, **evaluation.to_dict()}
+        write_json(run_dir / "result.json", result | goodput.shares())
     log(
         f"Done: {config.name}, {step} steps, validation loss {evaluation.loss:.4f}, "
-        f"{evaluation.bits_per_byte:.4f} bits/byte, in {duration(time.perf_counter() - started)}."
+        f"{evaluation.bits_per_byte:.4f} bits/byte, in {duration(time.perf_counter() - started)}. {goodput.line()}"
     )
-    return TrainResult(state, parts, text, evaluation)
+    return TrainResult(state, parts, text, evaluation, FINISHED)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    sharding = NamedSharding(mesh, spec("batch", "seq"))  # type: ignore[arg-type]
-    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
-
-
-class _StopRequest:
-    """Ctrl-C or SIGTERM asks the loop to save and stop; a second Ctrl-C stops at once."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __enter__(self) -> _StopRequest:
-        self._previous = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
+def _silent(_: str) -> None:
+    pass

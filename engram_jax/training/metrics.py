@@ -8,11 +8,19 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from engram_jax.training.distributed import is_first
+
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and TensorBoard. Lines after `step` (of a run that was cut off) are dropped first."""
+    """Appends to `metrics.jsonl` and TensorBoard. Lines after `step` (of a run that was cut off) are dropped first.
+
+    Every process has one, and that of process 0 writes.
+    """
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
+        self._file = self._board = None
+        if not is_first():
+            return
         path = run_dir / "metrics.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
         temporary = path.with_suffix(".tmp")
@@ -22,13 +30,15 @@ class MetricsWriter:
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._file:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._board:
             self._board.close()
 

@@ -100,7 +100,7 @@ class Planner:
 
 
 def _need(plan: Any) -> Capacity:
-    return Capacity(int(plan.need.pair), int(plan.need.owner))
+    return Capacity(*map(int, jax.device_get(plan.need)))
 
 
 class PlannedBatches:

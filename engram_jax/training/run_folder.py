@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from engram_jax.config import ConfigError, RunConfig, differences, from_dict, replace, to_dict
+from engram_jax import __version__
+from engram_jax.config import ConfigError, RunConfig, TrainConfig, differences, from_dict, replace, to_dict
 from engram_jax.data.loader import TextData
 from engram_jax.data.tokenizer import load_tokenizer
 from engram_jax.memory import hashing
 from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.checkpoint import Checkpoints
+from engram_jax.training.distributed import is_first
 from engram_jax.training.errors import RunError
 from engram_jax.training.state import TrainState
 
@@ -37,6 +40,9 @@ FREE_TO_CHANGE = (
     "memory.sight_every",
 )
 
+FORMAT = 1
+"""Of what a checkpoint holds and means; raised by a change that older code would read wrongly."""
+
 
 def load_run(run_dir: Path, log: Callable[[str], None] = print) -> tuple[TrainState, Parts]:
     """A trained run's newest state and parts, without its corpus: for sampling and analysis.
@@ -49,13 +55,19 @@ def load_run(run_dir: Path, log: Callable[[str], None] = print) -> tuple[TrainSt
     config = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
     # Sampling and analysis are whole programs: tables that lie outside would have to be carried in for each of them.
     inside = {"tiered": "host", "numpy": "host"}.get(config.memory.placement, config.memory.placement)
-    config = replace(config, train__mesh_data=1, train__mesh_fsdp=1, memory__placement=inside, memory__mmap_dir="")
+    one_device = {f"train__{field.name}": 1 for field in fields(TrainConfig) if field.name.startswith("mesh_")}
+    config = replace(config, **one_device, memory__placement=inside, memory__mmap_dir="")
     parts = assemble(config, load_tokenizer(run_dir / "tokenizer.json").backend, jax.devices()[:1])
     with (
         jax.set_mesh(parts.mesh),
         Checkpoints(run_dir / "checkpoints", config.checkpoint, parts, log, read_only=True) as checkpoints,
     ):
-        state = checkpoints.restore(parts.abstract_state(), lambda saved: _check_constants(saved, parts))
+
+        def can_be_read(saved: dict[str, Any]) -> None:
+            _check_format(saved)
+            _check_constants(saved, parts)
+
+        state = checkpoints.restore(parts.abstract_state(), can_be_read)
     if state is None:
         raise RunError(f"{run_dir} has no checkpoint yet: let the run reach its first one.")
     return state, parts
@@ -80,7 +92,7 @@ def _check_config(ours: RunConfig, saved: dict[str, Any], whose: str) -> None:
 
 def describe(run_dir: Path, config: RunConfig, text: TextData) -> None:
     """Writes config.json and tokenizer.json, which the checkpoints need; only once nothing speaks against the run."""
-    if jax.process_index() == 0:
+    if is_first():
         text.tokenizer.save(run_dir / "tokenizer.json")
         write_json(run_dir / "config.json", to_dict(config))
 
@@ -88,11 +100,21 @@ def describe(run_dir: Path, config: RunConfig, text: TextData) -> None:
 def meta(config: RunConfig, text: TextData, parts: Parts) -> dict[str, Any]:
     """What a checkpoint says beside its arrays."""
     return {
+        "format": FORMAT,
+        "version": __version__,
         "config": to_dict(config),
         "hash_constants": parts.store.constants.to_dict(),
         "tokenizer_sha256": text.tokenizer.sha256,
         "corpus_sha256": text.corpus_sha256,
     }
+
+
+def _check_format(saved: dict[str, Any]) -> None:
+    if saved.get("format", 1) > FORMAT:
+        raise RunError(
+            f"The checkpoint was written by engram_jax {saved.get('version')} in format {saved['format']}, and this is "
+            f"{__version__}, which reads formats up to {FORMAT}: use that version or a newer one."
+        )
 
 
 def _check_constants(saved: dict[str, Any], parts: Parts) -> None:
@@ -106,6 +128,7 @@ def _check_constants(saved: dict[str, Any], parts: Parts) -> None:
 
 def check_meta(saved: dict[str, Any], ours: dict[str, Any], parts: Parts) -> None:
     """Raises `ConfigError` or `RunError` if a checkpoint is not this run's."""
+    _check_format(saved)
     _check_config(parts.config, saved["config"], "The checkpoint belongs to a run")
     for name, what in {"tokenizer_sha256": "tokenizer", "corpus_sha256": "corpus"}.items():
         if saved[name] != ours[name]:

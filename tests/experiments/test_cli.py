@@ -8,7 +8,7 @@ import pytest
 
 from engram_jax.config import ConfigError, RunConfig, from_dict
 from engram_jax.counts import describe
-from engram_jax.training.errors import RunError
+from engram_jax.training.errors import FINISHED, INTERRUPTED, TERMINATED, PeersError, RunError
 from experiments.registry import RUNS, build
 from experiments.run import main
 
@@ -18,13 +18,15 @@ def trained(monkeypatch):
     """The (config, run_dir) pairs that would have been trained; the runs are reported as finished."""
     calls = []
 
-    def train(config, run_dir):
+    def train(config, run_dir, **_):
         calls.append((config, run_dir))
-        return types.SimpleNamespace(evaluation=object())
+        return types.SimpleNamespace(status=FINISHED)
 
     loop = types.ModuleType("engram_jax.training.loop")
     loop.train = train
     monkeypatch.setitem(sys.modules, "engram_jax.training.loop", loop)
+    monkeypatch.setattr("engram_jax.training.loop", loop, raising=False)
+    monkeypatch.setattr("experiments.run.keep_compiled_programs", lambda config: None)
     return calls
 
 
@@ -93,22 +95,24 @@ def test_run_dir_of_one_run_is_taken_as_given(trained, compared):
     assert trained == [(build("moe_tiny"), Path("out"))] and not compared
 
 
-def test_a_stopped_run_is_not_followed_by_the_next(monkeypatch, trained, compared):
-    def stopped(config, run_dir):
+@pytest.mark.parametrize("status", [INTERRUPTED, TERMINATED])
+def test_a_stopped_run_is_not_followed_by_the_next(monkeypatch, trained, compared, status):
+    def stopped(config, run_dir, **_):
         trained.append(config.name)
-        return types.SimpleNamespace(evaluation=None)
+        return types.SimpleNamespace(status=status)
 
     monkeypatch.setattr(sys.modules["engram_jax.training.loop"], "train", stopped)
-    assert main(["moe_tiny", "engram_tiny"]) == 0
+    assert main(["moe_tiny", "engram_tiny"]) == status
     assert trained == ["moe_tiny"] and not compared
 
 
-def test_a_run_that_cannot_go_on_says_so_in_one_line(capsys, monkeypatch, trained):
-    def fail(config, run_dir):
-        raise RunError("Step 7: loss is nan, so the run stops.")
+@pytest.mark.parametrize(("error", "status"), [(RunError, 1), (PeersError, 70)])
+def test_a_run_that_cannot_go_on_says_so_in_one_line(capsys, monkeypatch, trained, error, status):
+    def fail(config, run_dir, **_):
+        raise error("Step 7: loss is nan, so the run stops.")
 
     monkeypatch.setattr(sys.modules["engram_jax.training.loop"], "train", fail)
-    assert main(["moe_tiny"]) == 1
+    assert main(["moe_tiny"]) == status
     assert capsys.readouterr().err == "error: Step 7: loss is nan, so the run stops.\n"
 
 
@@ -163,7 +167,7 @@ def test_values_that_do_not_fit_their_type(capsys, trained, arguments, message):
 
 
 def test_errors_of_training_are_one_line_too(capsys, monkeypatch, trained):
-    def fail(config, run_dir):
+    def fail(config, run_dir, **_):
         raise ConfigError("data.corpus='x' does not exist.")
 
     monkeypatch.setattr(sys.modules["engram_jax.training.loop"], "train", fail)

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -98,6 +99,15 @@ def edit_meta(folder, edit):
         path.write_text(json.dumps(meta))
 
 
+def test_a_checkpoint_newer_than_the_code_is_refused(config, folder):
+    edit_meta(folder, lambda meta: meta.update(format=7, version="9.9", config={"of": "the future"}))
+    (folder / "config.json").unlink()
+    lines = []
+    with pytest.raises(RunError, match=r"written by engram_jax 9\.9 in format 7, and this is \d.* up to 1: use that"):
+        train(config, folder, lines.append)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["12", "8"]
+
+
 @pytest.mark.parametrize("what", ["tokenizer", "corpus"])
 def test_another_tokenizer_or_corpus_is_refused(config, folder, what):
     edit_meta(folder, lambda meta: meta.update({f"{what}_sha256": "0" * 64}))
@@ -141,7 +151,7 @@ def test_a_number_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch
 
         def train_step(*args):
             state, metrics, held = step(*args)
-            return state, metrics | ({metric: metrics[metric] * np.nan} if next(calls) == 6 else {}), held
+            return state, metrics | ({metric: jnp.sqrt(-metrics[metric])} if next(calls) == 6 else {}), held
 
         return train_step
 
@@ -170,6 +180,28 @@ def test_a_step_is_reported_while_the_next_one_runs(config, tmp_path, monkeypatc
     quiet = replace(config, train__eval_every=0, checkpoint__every=0)
     train(quiet, tmp_path, lambda line: events.append("report") if line.startswith("step") else None)
     assert events == ["dispatch", *["dispatch", "report"] * 11, "report"]
+
+
+def test_the_old_state_is_donated_and_no_transfer_goes_unseen(config, tmp_path, monkeypatch):
+    def make_train_step(parts):
+        step, calls = original(parts), iter(range(100))
+
+        def train_step(state, *args):
+            call = next(calls)
+            result = step(state, *args)
+            kept.append([jax.tree_util.keystr(path) for path, x in leaves(state) if not x.is_deleted()])
+            if call == 2:
+                result[1]["loss"] * 2.0  # the 2.0 is sent to the devices
+            return result
+
+        return train_step
+
+    kept, leaves = [], jax.tree_util.tree_leaves_with_path
+    original = stepper.make_train_step
+    monkeypatch.setattr(stepper, "make_train_step", make_train_step)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        train(replace(config, memory__sight_every=2), tmp_path)
+    assert kept == [[], [], []]
 
 
 def test_a_mistake_is_said_before_anything_is_compiled(config, tmp_path):
