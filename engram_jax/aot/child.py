@@ -1,0 +1,124 @@
+"""Compiles in a process of its own, which libtpu may end: what it prints becomes a report or one clear error.
+
+python -m engram_jax.aot.child     config, topology and programs as JSON on stdin; the report on the last line
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engram_jax.aot.chips import Topology, topology
+from engram_jax.config import ConfigError, RunConfig, from_dict, to_dict
+from engram_jax.training.errors import RunError
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",  # the topology's chips are described, never opened
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two compiles at once would trip over libtpu's lock file
+    "TPU_SKIP_MDS_QUERY": "1",  # nor is there a cloud to ask
+    "TPU_LOG_DIR": "disabled",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+}
+
+
+def compile_apart(
+    config: RunConfig, where: Topology, programs: Sequence[str], keep_hlo: Path | None = None
+) -> dict[str, Any]:
+    """The report of this run on these chips (report.py), by program.
+
+    Raises:
+      ConfigError: the config does not fit the chips; nothing was compiled.
+      RunError: the compiler refused or ended the process; the message is its own last words.
+    """
+    ordered = {
+        "config": to_dict(config),
+        "topology": [where.libtpu, where.slices],
+        "programs": list(programs),
+        "keep_hlo": str(keep_hlo.resolve()) if keep_hlo else None,
+    }
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | _ENVIRONMENT
+    with tempfile.TemporaryDirectory() as folder:
+        ordered["answer"] = str(Path(folder) / "answer.json")
+        done = subprocess.run(
+            [sys.executable, "-m", "engram_jax.aot.child"],
+            env=environment,
+            input=json.dumps(ordered),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        answer_file = Path(ordered["answer"])
+        answer = json.loads(answer_file.read_text()) if answer_file.exists() else {}
+    if "config_error" in answer:
+        raise ConfigError(answer["config_error"])
+    if "reports" not in answer:
+        raise RunError(_last_words(answer.get("error", ""), done.returncode, done.stderr))
+    return answer["reports"]
+
+
+def _last_words(error: str, status: int, stderr: str) -> str:
+    if error:
+        return f"The compiler refused: {error}"
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    fatal = [line for line in lines if "Check failed" in line or line.startswith("F0")]
+    words = (fatal or lines[-3:] or ["it said nothing"])[-3:]
+    how = f"was ended by signal {-status}" if status < 0 else f"ended with {status}"
+    hint = " (signal 9 is usually too little memory on this machine)" if status == -9 else ""
+    return f"The compiler's process {how}{hint}: {' | '.join(word[:400] for word in words)}"
+
+
+def _child(ordered: dict[str, Any]) -> dict[str, Any]:
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        return {"config_error": "compiling for TPUs needs libtpu: install the extra tpu (uv run --extra tpu ...)."}
+    import jax
+    from jax.experimental import topologies
+
+    from engram_jax.aot.lowering import arguments, lower, make_parts
+    from engram_jax.aot.report import Compiled, program_report
+
+    config = from_dict(RunConfig, ordered["config"])
+    name, slices = ordered["topology"]
+    where = topology(name, slices)
+    several = {"num_slices": slices} if slices > 1 else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
+    except Exception as error:  # libtpu's own
+        return {"config_error": f"libtpu knows no topology {name!r}: {str(error).splitlines()[0]}"}
+    try:
+        parts = make_parts(config, devices)
+    except ConfigError as error:
+        return {"config_error": str(error)}
+    reports, program = {}, ""
+    try:
+        with jax.set_mesh(parts.mesh):
+            given = arguments(parts)
+            for program in ordered["programs"]:
+                compiled = Compiled.of(lower(program, parts, given))
+                reports[program] = program_report(program, compiled, parts, where)
+                if ordered["keep_hlo"]:
+                    Path(ordered["keep_hlo"]).mkdir(parents=True, exist_ok=True)
+                    (Path(ordered["keep_hlo"]) / f"{config.name}-{where.name}.{program}.hlo").write_text(compiled.text)
+    except ConfigError as error:
+        return {"config_error": str(error)}
+    except jax.errors.JaxRuntimeError as error:
+        from engram_jax.aot.report import out_of_memory
+
+        exceeded = out_of_memory(str(error), where)
+        return {"reports": reports | {program: exceeded}} if exceeded else {"error": str(error)[:2000]}
+    return {"reports": reports}
+
+
+if __name__ == "__main__":
+    work = json.loads(sys.stdin.read())
+    with contextlib.redirect_stdout(sys.stderr):
+        result = _child(work)
+    Path(work["answer"]).write_text(json.dumps(result))

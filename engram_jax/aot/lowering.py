@@ -1,0 +1,108 @@
+"""From a run and chips that are not there to its compiled steps: the arguments are shapes, and no array is made.
+
+The steps are the ones that a run takes (training/step.py), with the arguments that training/stepper.py would give them.
+Needs libtpu; call it in a process of its own (child.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from tokenizers import Tokenizer, models
+
+from engram_jax.config import RunConfig
+from engram_jax.memory.plan import capacity
+from engram_jax.memory.store import Held, MemoryPlan
+from engram_jax.sharding import spec
+from engram_jax.training.assembly import Parts, assemble
+from engram_jax.training.planner import Planner
+from engram_jax.training.state import Batch, TrainState
+from engram_jax.training.step import make_eval_step, make_train_step
+from engram_jax.training.stepper import reads_ahead
+
+PROGRAMS = ("train", "eval")
+
+
+@dataclass(frozen=True, eq=False)
+class Arguments:
+    """What the steps are called with, as shapes with shardings on the chips."""
+
+    state: TrainState
+    batch: Batch
+    plan: MemoryPlan
+    held: Held | None
+    """Rows read before the step: the next batch's are read in it, or the tables lie outside the program."""
+
+
+def stand_in_tokenizer(vocab_size: int, canonical_size: int = 0) -> Tokenizer:
+    """A tokenizer of that many tokens, which are `canonical_size` (0: all) different ones once they are normalized.
+
+    Shapes depend on nothing else of it: the rows of a head are primes near `engram_vocab_size`.
+    """
+    distinct = canonical_size or vocab_size
+    vocabulary = {f"t{i % distinct}" + " " * (i // distinct): i for i in range(vocab_size)}
+    return Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+
+
+def make_parts(config: RunConfig, devices: Sequence[Any]) -> Parts:
+    """The parts of the run on these devices. Raises `ConfigError` if they do not fit, before anything compiles."""
+    canonical = config.model.engram.engram_compressed_vocab_size
+    return assemble(config, stand_in_tokenizer(config.model.vocab_size, canonical), list(devices))
+
+
+def arguments(parts: Parts) -> Arguments:
+    """Call under `jax.set_mesh(parts.mesh)`."""
+
+    def on_chips(tree: Any) -> Any:
+        def described(x: Any) -> jax.ShapeDtypeStruct:
+            dims = x.sharding.spec if x.sharding is not None else jax.P()
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(parts.mesh, dims))
+
+        return jax.tree.map(described, tree)
+
+    store, data = parts.store, parts.config.data
+    by_batch = NamedSharding(parts.mesh, spec("batch", "seq"))  # type: ignore[arg-type]
+    tokens = jax.ShapeDtypeStruct((data.batch_size, data.seq_len), jnp.int32, sharding=by_batch)
+    batch: Any = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), tokens)
+    plan = on_chips(jax.eval_shape(Planner(store).start, batch))
+    state = parts.abstract_state()
+    if not store.placement.in_program:
+        held = {layer: jax.eval_shape(store.new_rows, _rows(parts, layer, plan)) for layer in store.layers}
+        by_owner = NamedSharding(parts.mesh, jax.P(parts.mesh.axis_names))
+        held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_owner), held)
+        return Arguments(state, batch, plan, held)
+    tables = {}
+    for layer, table in store.abstract_state().tables.items():
+        at_rest = store.at_rest(layer)
+        if at_rest is None:
+            tables[layer] = on_chips(table)
+        else:
+            tables[layer] = jax.tree.map(
+                lambda x, rest: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rest), table, at_rest
+            )
+    state = replace(state, memory=replace(state.memory, tables=tables))
+    held = on_chips(jax.eval_shape(store.load, state.memory, plan)) if store.layers and reads_ahead(parts) else None
+    return Arguments(state, batch, plan, held)
+
+
+def _rows(parts: Parts, layer: str, plan: MemoryPlan) -> jax.ShapeDtypeStruct:
+    """The rows of a table that this plan reads, at their owners."""
+    store = parts.store
+    return jax.ShapeDtypeStruct((store.shards * capacity(plan[layer]).owner, store.config.engram_head_dim), "float32")
+
+
+def lower(program: str, parts: Parts, given: Arguments) -> jax.stages.Lowered:
+    """The lowered step `train` or `eval`. Call under `jax.set_mesh(parts.mesh)`."""
+    if program == "train":
+        step: Any = make_train_step(parts)
+        if given.held is None:
+            return step.lower(given.state, given.batch, given.plan)
+        following = given.plan if parts.store.placement.in_program else None
+        return step.lower(given.state, given.batch, given.plan, given.held, following)
+    outside = None if parts.store.placement.in_program else given.held
+    return make_eval_step(parts).lower(given.state, given.batch, given.plan, outside)  # type: ignore[attr-defined]
