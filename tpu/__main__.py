@@ -185,7 +185,7 @@ def main(arguments: Sequence[str]) -> int:
             flag, equals, value = word.partition("=")
             ours[i] = flag.replace("_", "-") + equals + value
     try:
-        options = parser().parse_args(ours)
+        options = parser().parse_args(ours or ["--help"])
         if overrides and options.verb not in ("launch", "watch"):
             raise TpuError(f"{options.verb} takes nothing behind --: {shlex.join(overrides)}")
         return run(options, overrides) or 0

@@ -7,6 +7,7 @@ resumes from its newest checkpoint. What the command's exit status means (python
   1   it cannot go on, and has said why                     not started again
   2   its settings are wrong                                not started again
   75  stopped and saved, on a preemption notice             started again at once
+  130 stopped and saved, by a Ctrl-C                        not started again
   any other, or killed by a signal                          started again, after growing pauses
 
 It gives up after five starts in a row that brought no newer checkpoint. `--status` prints one line of JSON; `--stop`
@@ -32,7 +33,8 @@ from typing import IO, Any
 
 from tpu import STATUS_MARK
 
-FINISHED, CANNOT_GO_ON, WRONG_SETTINGS, PREEMPTED = 0, 1, 2, 75
+# engram_jax/training/errors.py, whose import would cost the supervisor its independence.
+FINISHED, FAILED, MISTAKEN, TERMINATED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 class Supervisor:
@@ -67,14 +69,16 @@ class Supervisor:
                 return self._end("finished", status)
             if self._stop.is_set():
                 return self._end("stopped" if self.files.stop.exists() else "interrupted", status)
-            if status in (CANNOT_GO_ON, WRONG_SETTINGS):
+            if status == INTERRUPTED:
+                return self._end("stopped", status)
+            if status in (FAILED, MISTAKEN):
                 return self._end("failed", status)
             in_vain = 0 if self._progressed(step, time.monotonic() - began) else in_vain + 1
             if in_vain >= self.attempts:
                 self.files.log(f"giving up: {in_vain} starts in a row without a newer checkpoint")
                 return self._end("failed", status)
             pause = min(self.first_pause * 2 ** max(in_vain - 1, 0), self.longest_pause)
-            pause = 0 if status == PREEMPTED and in_vain <= 1 else pause
+            pause = 0 if status == TERMINATED and in_vain <= 1 else pause
             self.restarts += 1
             self.files.log(f"starting it again in {pause:g} s ({self.restarts} restarts so far)")
             self._say("pausing", status)
@@ -229,6 +233,7 @@ def launch(command: Sequence[str], run_dir: str, files: Files) -> int:
             )
             return 1
         files.stop.unlink(missing_ok=True)
+        files.save(state="running", status=None, restarts=0, run_dir=run_dir, pid=None, child=None)
         sys.stdout.flush()
         if pid := os.fork():
             print(f"started under supervisor {pid}; its log is {files.run_log}")
@@ -238,7 +243,7 @@ def launch(command: Sequence[str], run_dir: str, files: Files) -> int:
             os.dup2(null.fileno(), 0)
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        status = CANNOT_GO_ON
+        status = FAILED
         try:
             status = Supervisor(command, run_dir, files).run(lock)
         except Exception as error:  # such as a command that does not exist
@@ -252,21 +257,30 @@ def stop(files: Files, seconds: float = 600) -> int:
     if not files.locked():
         print("nothing is running")
         return 0
-    state = files.read()
     files.stop.touch()
-    try:
-        os.kill(state["pid"], signal.SIGTERM)
-    except ProcessLookupError:  # its child lives on, and holds the lock
-        with contextlib.suppress(ProcessLookupError, TypeError):
-            os.kill(state["child"], signal.SIGTERM)
+    asked: set[int] = set()
     until = time.monotonic() + seconds
     while files.locked():
         if time.monotonic() > until:
             print(f"error: still saving after {seconds:g} s; look at the log, or try again.", file=sys.stderr)
             return 1
+        state = files.read()
+        # The supervisor, as soon as it has said its number; should it have been killed, the run it left.
+        pid = state.get("pid") if _alive(state.get("pid")) else state.get("child")
+        if pid and pid not in asked:
+            asked.add(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         time.sleep(0.1)
     print("stopped")
     return 0
+
+
+def _alive(pid: int | None) -> bool:
+    try:
+        return pid is not None and os.kill(pid, 0) is None
+    except OSError:
+        return False
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -27,6 +27,10 @@ class Watch:
         self.head = workers.commit()  # every life runs the same code
         self.lost: Slice | None = None
         """Deleted by us, and not yet there again."""
+        self.launched = False
+        """By us, or found running."""
+        self.fresh = False
+        """Its VMs are new: nothing is set up there."""
         self.seen: tuple[Slice, datetime.datetime] | None = None
         """The slice and the time when it was last seen ready."""
         self._last = ""
@@ -56,7 +60,7 @@ class Watch:
         """One look, and what it calls for; an exit status when there is nothing more to do."""
         if self.lost is not None:
             slices.create(self.gcloud, self.lost)
-            self.lost = None
+            self.lost, self.fresh = None, True
             return self.say("asked for it again")
         found = slices.find(self.gcloud, self.name)
         if found.gone:
@@ -64,29 +68,37 @@ class Watch:
         if not found.ready:
             return self.say(f"is {found.state}")
         self.seen = (found, datetime.datetime.now(datetime.UTC))
-        states = {answer.get("state") for answer in workers.statuses(self.gcloud, found)}
-        if states == {"finished"}:
-            self.say("the run has finished")
-            if self.delete_when_done:
-                slices.delete(self.gcloud, found)
-                self.say("deleted")
-            else:
-                self.say(f"and costs until you delete it: python -m tpu delete {self.name}")
-            return 0
-        if "failed" in states:
+        answers = [] if self.fresh else workers.statuses(self.gcloud, found)
+        states = {answer.get("state") for answer in answers} or {"absent"}
+        if self.launched and states == {"finished"}:
+            return self.finish(found)
+        if states <= {"running", "pausing"} or (self.launched and states <= {"running", "pausing", "finished"}):
+            self.launched = True
+            return self.say(f"is {found.state}, the run goes on")
+        # How an earlier launch has ended is no reason not to launch; how this one has, is.
+        if self.launched and "failed" in states:
             self.say(f"the run cannot go on; see python -m tpu logs {self.name}")
             return 1
-        if states <= {"stopped", "finished"}:
+        if self.launched and states <= {"stopped", "finished"}:
             self.say("the run was stopped by hand")
             return 0
-        if states <= {"running", "pausing", "finished"}:
-            return self.say(f"is {found.state}, the run goes on")
         if "absent" in states:
             workers.set_up(self.gcloud, found, self.head)
+            self.fresh = False
         elif states & {"running", "pausing"}:  # some of its supervisors are gone: all begin together again
             workers.on_workers(self.gcloud, found, workers.stop_command(), "stop")
         workers.start(self.gcloud, found, work.with_flags(self.job, found, self.libtpu_flags))
+        self.launched = True
         return self.say("launched")
+
+    def finish(self, found: Slice) -> int:
+        self.say("the run has finished")
+        if self.delete_when_done:
+            slices.delete(self.gcloud, found)
+            self.say("deleted")
+        else:
+            self.say(f"and costs until you delete it: python -m tpu delete {self.name}")
+        return 0
 
     def replace(self, found: Slice) -> None:
         """Deletes what is left of a preempted slice; the next step asks for it again, in the same way."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from engram_jax.training import errors
 from tpu import supervise
 from tpu.checks import REPOSITORY
 from tpu.supervise import Files, Supervisor, hold, newest_step
@@ -49,6 +50,7 @@ def supervised(files: Files, script: str, run_dir: str = "", **settings) -> tupl
         ("", 0, "finished", 0),
         ("sys.exit(2)", 2, "failed", 0),
         ("sys.exit(1)", 1, "failed", 0),
+        ("sys.exit(130)", 130, "stopped", 0),
         ("sys.exit(75 if n < 2 else 0)", 0, "finished", 2),
         ("sys.exit(134) if n == 0 else os.kill(os.getpid(), signal.SIGKILL) if n == 1 else None", 0, "finished", 2),
     ],
@@ -58,6 +60,12 @@ def test_what_an_exit_status_means(files, script, status, state, restarts):
     assert (got, said["state"], said["restarts"]) == (status, state, restarts)
     assert all(f"start {i}" in log for i in range(restarts + 1))
     assert all(line[:4].isdigit() and line[19] == "Z" for line in log.splitlines())  # every line has its time
+
+
+def test_both_sides_mean_the_same_by_a_status():
+    for name in ("FINISHED", "FAILED", "MISTAKEN", "TERMINATED", "INTERRUPTED"):
+        assert getattr(supervise, name) == getattr(errors, name)
+    assert errors.PEERS_LOST not in (0, 1, 2, 75, 130)  # which means: started again, later
 
 
 def test_it_gives_up_without_progress(files, tmp_path):
@@ -145,11 +153,24 @@ def test_detached_it_outlives_its_terminal_and_holds_the_lock(tmp_path):
     assert "nothing is running" in command("--stop").stdout
 
 
-def test_a_supervisor_that_was_killed_is_dead_and_its_run_still_stops(tmp_path):
+def test_a_supervisor_that_was_killed(tmp_path):
     files = Files(tmp_path)
     files.save(state="running", pid=2**22 + 1, child=None, restarts=0, run_dir="/r", status=None)
     assert files.read()["state"] == "dead"
+    assert supervise.stop(files) == 0  # nothing is running
+    # Its run lives on, and holds the lock: no second one is started beside it, and `stop` reaches it.
+    with hold(files.lock) as lock:
+        assert lock is not None
+        words = [sys.executable, "-c", "import time; time.sleep(60)"]
+        run = subprocess.Popen(words, pass_fds=(lock,))
+    files.save(state="running", pid=2**22 + 1, child=run.pid, restarts=0, run_dir="/r", status=None)
+    reaper = threading.Thread(target=run.wait)
+    reaper.start()
+    assert files.read()["state"] == "running"
+    assert supervise.launch(["true"], "/other", files) == 1
     assert supervise.stop(files) == 0
+    reaper.join()
+    assert run.returncode == -signal.SIGTERM
 
 
 def test_a_command_that_does_not_exist(tmp_path):

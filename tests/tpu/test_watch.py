@@ -62,13 +62,13 @@ def test_a_preempted_slice_comes_back_as_it_was(cloud):
     describes(cloud, "WAITING_FOR_RESOURCES", 2)
     describes(cloud, "ACTIVE", 5)
     cloud.on("tpu-vm describe", stdout=json.dumps(vm()))
-    says(cloud, "absent")
+    cloud.on("uv sync", rc=255, times=1)  # the VM is still booting
     cloud.on("uv sync")
     cloud.on("tpu.supervise --run-dir")
     says(cloud, "running", times=2)
     says(cloud, "finished")
     assert watch()[0] == 0
-    assert changes(cloud) == ["delete", "create", "create", "set up", "launch"]
+    assert changes(cloud) == ["delete", "create", "create", "set up", "set up", "launch"]
     create = cloud.called("create")[-1]
     labels = dict(pair.split("=") for pair in create[7].removeprefix("--labels=").split(","))
     assert labels.keys() == {"engram-jax", "engram-jax-preemptions", "engram-jax-chip-minutes"}
@@ -86,7 +86,6 @@ def test_a_preempted_vm_comes_back_too(cloud):
     spot = {"schedulingConfig": {"spot": True}}
     cloud.on("tpu-vm describe", stdout=json.dumps(vm(state="PREEMPTED", **spot)), times=1)
     cloud.on("tpu-vm describe", stdout=json.dumps(vm(**spot)))
-    says(cloud, "absent")
     cloud.on("uv sync")
     cloud.on("tpu.supervise --run-dir")
     says(cloud, "finished")
@@ -98,9 +97,20 @@ def test_a_preempted_vm_comes_back_too(cloud):
 @pytest.mark.parametrize(("state", "status"), [("failed", 1), ("finished", 0), ("stopped", 0)])
 def test_what_ends_it(cloud, state, status):
     cloud.has_vm()
+    says(cloud, "running")
     says(cloud, state)
-    assert watch() == (status, 0)
+    assert watch() == (status, 1)
     assert changes(cloud) == []
+
+
+@pytest.mark.parametrize("state", ["failed", "finished", "stopped", "idle"])
+def test_how_an_earlier_launch_ended_does_not_matter(cloud, state):
+    cloud.has_vm()
+    says(cloud, state)
+    cloud.on("tpu.supervise --run-dir")
+    says(cloud, "finished")
+    assert watch()[0] == 0
+    assert changes(cloud) == ["launch"]
 
 
 def test_on_request_the_slice_goes_with_the_run(cloud):
@@ -121,6 +131,16 @@ def test_after_a_restart_of_the_vm_it_launches_again(cloud, state):
     assert changes(cloud) == ["launch"]
 
 
+def test_what_was_never_set_up_is(cloud):
+    cloud.has_vm()
+    says(cloud, "absent")
+    cloud.on("uv sync")
+    cloud.on("tpu.supervise --run-dir")
+    says(cloud, "finished")
+    assert watch()[0] == 0
+    assert changes(cloud) == ["set up", "launch"]
+
+
 def test_if_one_worker_lost_its_supervisor_all_begin_again(cloud):
     cloud.has_vm(acceleratorType="v5p-16")
     says(cloud, "running", "dead")
@@ -132,10 +152,11 @@ def test_if_one_worker_lost_its_supervisor_all_begin_again(cloud):
 
 def test_workers_that_do_not_answer_are_asked_again(cloud, capfd):
     cloud.has_vm(acceleratorType="v5p-16")
+    says(cloud, "running", "running")
     cloud.on(r"ssh .*--status", rc=255, stderr="ERROR: ssh: connect: Connection refused", times=3)
     says(cloud, "running")  # one of two
     says(cloud, "finished", "finished")
-    assert watch() == (0, 4)
+    assert watch() == (0, 5)
     assert "1 of 2 workers" in capfd.readouterr().err
 
 
