@@ -7,10 +7,7 @@ Letters: B batch, T query position, S key position, N query head, G key-value he
 
 from __future__ import annotations
 
-import functools
-
 import jax
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding
@@ -62,7 +59,6 @@ def splash_attention(
     return local(kernel, *arrays).swapaxes(1, 2)
 
 
-@functools.lru_cache(maxsize=8)
 def _kernel(length: int, heads: int, context: int, tensor: int) -> splash.SplashAttentionKernel:
     block = max(b for b in (128, 256, BLOCK) if length // context % b == 0)
     sizes = splash.BlockSizes(
@@ -75,6 +71,4 @@ def _kernel(length: int, heads: int, context: int, tensor: int) -> splash.Splash
         use_fused_bwd_kernel=True,
     )
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
-    with jax.ensure_compile_time_eval():
-        kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=tensor, q_seq_shards=context)
-    return jax.tree.map(np.asarray, kernel)
+    return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=tensor, q_seq_shards=context)

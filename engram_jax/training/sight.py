@@ -35,6 +35,7 @@ from engram_jax.layers.engram import RecordingReader
 from engram_jax.memory import routing
 from engram_jax.memory.store import Held, MemoryPlan, MemoryRows
 from engram_jax.memory.table import TableState
+from engram_jax.sharding import spec
 from engram_jax.training.assembly import Parts
 from engram_jax.training.state import Batch, TrainState
 
@@ -59,6 +60,8 @@ def make_sight(parts: Parts) -> Callable[..., Metrics]:
         metrics = {}
         for layer in plan:
             uses_BTOK = uses[layer][..., 0].reshape(*real_BT.shape, -1, store.config.engram_n_heads)
+            if sharding := spec("batch", "seq", None, None):  # rows lie as the exchange cut them: along T as well
+                uses_BTOK = jax.reshard(uses_BTOK, sharding)
             numbers = {f"collision_{layer}/{name}": x for name, x in collisions(uses_BTOK, real_BT).items()}
             seen_BT = jnp.min(uses_BTOK[:, :, -1], axis=-1)
             numbers |= {f"gate_{layer}/{name}": x for name, x in gate_spread(gates[layer], seen_BT, real_BT).items()}

@@ -21,7 +21,7 @@ from engram_jax.memory.plan import fits
 from engram_jax.memory.row_optimizers import CatchUpAdam
 from engram_jax.memory.store import MemoryState, MemoryStore
 from engram_jax.memory.table import TableState
-from engram_jax.sharding import MESH_AXES, make_mesh
+from engram_jax.sharding import lookups, make_mesh
 
 pytestmark = pytest.mark.newest
 
@@ -50,7 +50,7 @@ def batch(step):
 
 def placed(x):
     mesh = jax.sharding.get_mesh()
-    return jnp.asarray(x) if mesh.empty else jax.device_put(x, jax.NamedSharding(mesh, jax.P(MESH_AXES)))
+    return jnp.asarray(x) if mesh.empty else jax.device_put(x, jax.NamedSharding(mesh, lookups(np.ndim(x))))
 
 
 def placed_on_all(x):

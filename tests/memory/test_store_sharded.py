@@ -18,7 +18,7 @@ from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableLayout
-from engram_jax.sharding import MESH_AXES, make_mesh
+from engram_jax.sharding import MESH_AXES, lookups, make_mesh
 
 pytestmark = pytest.mark.newest
 
@@ -111,7 +111,7 @@ def logical(store, state):
 def run(mesh, optimizer, kind, row_dtype="float32", exactly=False):
     store, state, steps = program(mesh, optimizer, row_dtype)
     with on_mesh(mesh):
-        tokens, segments = (put(x, jax.P(None, *SHARDED)) for x in batches(kind))
+        tokens, segments = (put(x, jax.P(None, *lookups(2))) for x in batches(kind))
         state, (rows, lists, grads) = jax.device_get(steps(state, tokens, segments, exactly))
     dense = {}
     for layer, layout in store.layouts.items():
@@ -205,7 +205,7 @@ def test_new_tables_are_the_same_bits_on_every_mesh(row_dtype, monkeypatch):
             padding = np.ones(len(table.uses), bool)
             padding[store.layouts[layer].logical_order()] = False
             assert not np.asarray(table.rows)[padding].any()
-            assert mesh is None or table.rows.sharding.spec[0] == ("data", "fsdp")
+            assert mesh is None or table.rows.sharding.spec[0] == MESH_AXES
         return logical(store, state)
 
     one = first(None)
@@ -230,7 +230,7 @@ def test_rows_read_early_and_patched_are_the_rows_read_late(mesh):
 
     with on_mesh(mesh):
         for kind in ("uniform", "zipf"):
-            early, patched, late = jax.device_get(both(state, *(put(x) for x in batches(kind)[0][:2])))
+            early, patched, late = jax.device_get(both(state, *(put(x, lookups(2)) for x in batches(kind)[0][:2])))
             jax.tree.map(np.testing.assert_array_equal, patched, late)
             assert (early["0"].rows != late["0"].rows).any()
 

@@ -18,7 +18,7 @@ from engram_jax.memory.placements import PLACEMENTS, DevicePlacement, HostPlacem
 from engram_jax.memory.row_optimizers import CatchUpAdam
 from engram_jax.memory.store import MemoryState, MemoryStore
 from engram_jax.memory.table import TableState
-from engram_jax.sharding import MESH_AXES, make_mesh
+from engram_jax.sharding import MESH_AXES, lookups, make_mesh
 from engram_jax.training.table_checkpoint import restore_tables, save_tables
 
 pytestmark = pytest.mark.newest
@@ -247,9 +247,12 @@ def everything(store, tables):
 @functools.cache
 def train(mesh, name, reads_ahead):
     """A store, its state after STEPS steps with an exchange after every third, what was read, the last plan."""
-    store, sharding = store_on(mesh, name), jax.NamedSharding(mesh, SHARDED)
+    store = store_on(mesh, name)
     at_rest = MemoryState({layer: store.at_rest(layer) for layer in store.layers}, None)
     plan_of = jax.jit(store.plan)
+
+    def put(x):
+        return jax.device_put(x, jax.NamedSharding(mesh, lookups(x.ndim)))
 
     def step(state, plan, targets_BT1D, k, held, next_plan):
         early = store.load(state, next_plan) if reads_ahead else None
@@ -266,12 +269,12 @@ def train(mesh, name, reads_ahead):
     rng = np.random.default_rng(7)
     tokens = np.minimum(rng.zipf(1.3, (STEPS + 1, B, T)), V - 1).astype(np.int32)
     tokens[5] = 2  # padding only
-    plans = [plan_of(jax.device_put(t, sharding), jax.device_put(np.sign(t - 2) ** 2, sharding)) for t in tokens]
+    plans = [plan_of(put(t), put(np.sign(t - 2) ** 2)) for t in tokens]
     state, held, seen = store.init(jax.random.key(1)), None, []
     if name == "tiered":
         promote = jax.jit(store.promote, donate_argnums=0, out_shardings=at_rest)
     for k in range(STEPS):
-        targets = jax.device_put(rng.normal(size=(B, T, 1, D)).astype(np.float32), sharding)
+        targets = put(rng.normal(size=(B, T, 1, D)).astype(np.float32))
         state, held, rows = step(state, plans[k], targets, jnp.int32(k), held, plans[k + 1] if reads_ahead else None)
         seen.append(jax.device_get(rows))
         if name == "tiered" and k % 3 == 2:

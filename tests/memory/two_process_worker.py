@@ -21,7 +21,7 @@ from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.plan import RowIdError, check, fits
 from engram_jax.memory.row_optimizers import CatchUpAdam
 from engram_jax.memory.store import MemoryStore
-from engram_jax.sharding import MESH_AXES, make_mesh
+from engram_jax.sharding import lookups, make_mesh
 from engram_jax.training.table_checkpoint import save_tables
 
 V, B, T, D, STEPS = 60, 16, 12, 4, 20
@@ -38,7 +38,7 @@ def store_on(shards: int) -> MemoryStore:
 def train(folder: Path, processes: int = 1, process: int = 0, damaged: bool = False) -> None:
     """Writes `tables/` and `losses-<process>.npy`, float32 [STEPS, sequences of this process], into the folder."""
     mesh = make_mesh(2, 4)
-    store, sharding = store_on(mesh.size), jax.NamedSharding(mesh, jax.P(MESH_AXES))
+    store = store_on(mesh.size)
     plan_ids = jax.jit(store.plan_ids)
 
     @jax.jit
@@ -53,7 +53,7 @@ def train(folder: Path, processes: int = 1, process: int = 0, damaged: bool = Fa
 
     def mine(x: np.ndarray) -> jax.Array:
         half = np.split(x, processes)[process]
-        return jax.make_array_from_process_local_data(sharding, half)
+        return jax.make_array_from_process_local_data(jax.NamedSharding(mesh, lookups(x.ndim)), half)
 
     with jax.set_mesh(mesh):
         ids_of = jax.jit(lambda tokens: {layer: p.ids_BTH for layer, p in store.plan(tokens).items()})
@@ -64,7 +64,7 @@ def train(folder: Path, processes: int = 1, process: int = 0, damaged: bool = Fa
             ids = ids_of(mine(tokens))
             if damaged and process == 1:
                 wrong = np.full((B // 2, *ids["2"].shape[1:]), 10**6, np.int32)
-                ids["2"] = jax.make_array_from_process_local_data(sharding, wrong)
+                ids["2"] = jax.make_array_from_process_local_data(jax.NamedSharding(mesh, lookups(3)), wrong)
             plan = plan_ids(ids)
             check(plan)
             assert fits(plan)
