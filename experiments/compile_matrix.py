@@ -32,11 +32,12 @@ BEGIN, END = "<!-- matrix: python -m experiments.compile --matrix -->", "<!-- en
 
 
 def laid_out(config: RunConfig, where: Topology) -> RunConfig:
-    """The run as one would start it there: weights cut over all devices of a slice, one sequence a device at a time.
+    """The run as one would start it there: weights cut over the slice, one sequence a device at a time.
 
-    Experts are distributed over as many devices as divide both, and stay whole; the rest of the cut is fsdp's.
+    Experts are distributed over as many devices as divide both, and stay whole; the rest of the cut is fsdp's. On a 3D
+    torus the weights are cut over half of the slice: over all of it libtpu gathers by all-reduce, at twice the bytes.
     """
-    devices = where.devices // where.slices
+    devices = where.devices // where.slices // (2 if where.chip.torus == 3 and where.chips > 8 else 1)
     experts = math.gcd(config.model.moe.n_routed_experts, devices) if config.model.moe.enabled else 1
     parts = max(1, config.data.batch_size // where.devices)
     return replace(

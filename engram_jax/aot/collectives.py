@@ -43,6 +43,8 @@ class Collective:
     sent_between: float
     """Bytes of all runs, between slices."""
     scope: str
+    is_gather: bool = False
+    """An all-reduce that only puts parts side by side, each device's own beside zeros: twice a gather's bytes."""
     extents: tuple[int, ...] = ()
     """Distinct places of a group's members along each dim of the physical network."""
 
@@ -81,7 +83,7 @@ def collectives(module: Module, network: Network) -> list[Collective]:
         for i in computation.instructions.values():
             kind = i.opcode.removesuffix("-start")
             if kind in KINDS:
-                found.append(_collective(kind, computation, i, times, network))
+                found.append(_collective(kind, module, computation, i, times, network))
             elif i.opcode == "send" and "_xla_megascale_transfer_type" in i.attributes:
                 found.append(_between_slices(computation, i, times, len(set(network.slice_of))))
     return sorted(found, key=lambda c: -c.total)
@@ -97,6 +99,7 @@ def _is_continued(module: Module, computation: Computation) -> bool:
 
 def _collective(
     kind: str,
+    module: Module,
     computation: Computation,
     i: Instruction,
     times: float,
@@ -124,6 +127,7 @@ def _collective(
         times * within,
         times * between,
         i.scope,
+        kind == "all-reduce" and _is_gather(module, computation, i),
         _extents(max(groups, key=len, default=()), network.coords),
     )
 
@@ -163,6 +167,22 @@ def _is_scattered(computation: Computation, i: Instruction) -> bool:
     return "all-reduce-scatter" in computation.name and all(
         user.opcode == "dynamic-slice" for user in computation.users[i.name]
     )
+
+
+def _is_gather(module: Module, computation: Computation, i: Instruction) -> bool:
+    """Every array of it was made by writing into zeros: how libtpu gathers over all chips of a 3D torus at once."""
+
+    def is_part(name: str) -> bool:
+        source, inside = computation.instructions[name], computation
+        while source.opcode in ("copy", "bitcast", "copy-done", "copy-start", "fusion"):
+            if source.opcode == "fusion":
+                inside = module.computations[source.called[0]]
+                source = inside.instructions[inside.root]
+            else:
+                source = inside.operand(source, 0)
+        return source.opcode in ("dynamic-update-slice", "pad")
+
+    return bool(i.operands) and all(is_part(name) for name in i.operands if name in computation.instructions)
 
 
 def _between_slices(computation: Computation, i: Instruction, times: float, slices: int) -> Collective:

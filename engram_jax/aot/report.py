@@ -37,6 +37,9 @@ ARGUMENTS = {
 LONG_LOOP = 1000
 """Rounds from which a loop is worth a line: a gather that became one is run row by row."""
 
+LARGE = 2**20
+"""Bytes below which no collective is worth a warning."""
+
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
@@ -71,7 +74,7 @@ def program_report(program: str, compiled: Compiled, parts: Parts, where: Topolo
         "bytes": {"hbm": each * done.hbm_bytes, "host_link": each * done.host_bytes},
         "collectives": [_line(c, each) for c in _merged(sent)],
         "times": times(useful, done, sent, parts.config.train.steps if program == "train" else 0, where),
-        "warnings": warnings(sent, parts),
+        "warnings": warnings(sent, parts, where),
         "largest": largest_buffers(module),
         "costliest": [
             {"scope": scope, "cycles_share": round(cycles / done.cycles, 4)}
@@ -212,7 +215,7 @@ def _line(c: Collective, each: int) -> dict[str, Any]:
     }
 
 
-def warnings(sent: list[Collective], parts: Parts) -> list[str]:
+def warnings(sent: list[Collective], parts: Parts, where: Topology) -> list[str]:
     """Collectives as large as what must never travel whole: a device's part of a table, more than a layer's weights."""
     found = []
     tables = parts.store.num_bytes // parts.store.shards
@@ -224,6 +227,10 @@ def warnings(sent: list[Collective], parts: Parts) -> list[str]:
             found.append(f"table-sized: {c.kind} of {c.shape} leaves {c.result_bytes:,} bytes ({c.scope})")
         elif c.kind == "all-gather" and c.result_bytes > one_layer:
             found.append(f"more than a layer at once: {c.kind} of {c.shape}, {c.result_bytes:,} bytes ({c.scope})")
+        elif c.is_gather and c.result_bytes > LARGE:
+            found.append(
+                f"gathered by an all-reduce, at twice the bytes: {c.times:g} x {c.shape} over {'+'.join(c.axes)}"
+            )
     return list(dict.fromkeys(found))
 
 

@@ -65,16 +65,18 @@ def work(module: Module) -> Work:
             cycles = int(i.attribute(r'"estimated_cycles":"(\d+)"') or 0)
             if cycles < _UNKNOWN_CYCLES:
                 total.cycles += times * cycles
-                total.cycles_by_scope[i.scope] += times * cycles
+                total.cycles_by_scope[_scope(module, computation, i)] += times * cycles
             total.hbm_bytes += times * hbm_bytes(module, computation, i)
             total.host_bytes += times * _host_bytes(computation, i)
     return total
 
 
 def _scope(module: Module, computation: Computation, i: Instruction) -> str:
-    """Where it comes from; fused instructions that lost their name have that of their fusion."""
+    """Where it comes from. Fused instructions and fusions that lost their name borrow one from each other."""
     caller = module.callers.get(computation.name)
-    return i.scope or (caller.scope if caller else "")
+    inside = module.computations[i.called[0]].instructions.values() if i.opcode == "fusion" else []
+    names = [i.scope, *([caller.scope] if caller else []), *(inner.scope for inner in inside)]
+    return next(filter(None, names), f"{i.name} {i.shapes[0] if i.shapes else ''}")
 
 
 # --- FLOPs ---

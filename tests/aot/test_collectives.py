@@ -125,3 +125,34 @@ def test_asynchronous_and_fused_forms_count_once():
         ("collective-permute", ("data",)): (0, 128),
     }
     assert len(collectives(hlo.parse(TPU), network)) == 7  # the send between slices is an all-reduce over data, too
+
+
+GATHER = """HloModule m
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%own (part: f32[8,128], at: s32[]) -> f32[64,128] {
+  %part = f32[8,128]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %zeros = f32[64,128]{1,0} broadcast(%zero), dimensions={}
+  ROOT %put = f32[64,128]{1,0} dynamic-update-slice(%zeros, %part, %at, %zero)
+}
+
+ENTRY %main (w: f32[8,128], k: s32[]) -> f32[64,128] {
+  %w = f32[8,128]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  %alone = f32[64,128]{1,0} fusion(%w, %k), kind=kLoop, calls=%own
+  %gathered = f32[64,128]{1,0} all-reduce(%alone), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %summed = f32[64,128]{1,0} all-reduce(%gathered), replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+}
+"""
+
+
+def test_an_all_reduce_that_only_gathers_is_told_from_one_that_sums():
+    found = {c.is_gather for c in collectives(hlo.parse(GATHER), Network.flat(**MESH))}
+    assert found == {True, False}
