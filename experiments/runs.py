@@ -198,3 +198,56 @@ def engram_40b() -> RunConfig:
     Cost:     7.5e21 FLOPs; a pod.
     """
     return replace(engram_27b(), model__engram__engram_vocab_size=7_239_680)
+
+
+# --- tables larger than the chips ---
+
+
+@register
+def dense_4b_memory_100b() -> RunConfig:
+    """The paper's 100 B-parameter table beside Dense-4B, in host memory: there it is served, here it trains.
+
+    Command:  python -m experiments.run dense_4b_memory_100b --data.corpus ... --data.tokenizer ...
+    Cost:     210 GB of host memory: 16-bit rows, and one float32 number of optimizer state to a row of 80.
+    Expected: fits one host of v5p, whose four chips hold none of it.
+    """
+    memory = EngramConfig(engram_layer_ids=(1,), engram_vocab_size=78_125_000)
+    return replace(
+        dense_4b(),
+        model__engram=memory,
+        memory__placement="host",
+        memory__row_dtype="bfloat16",
+        optimizer__table_optimizer="rowwise_adagrad",
+        data__batch_size=64,
+        train__mesh_fsdp=4,
+        train__grad_accum=8,
+    )
+
+
+@register
+def memory_196b() -> RunConfig:
+    """A memory of DeepSeek-V4.1's size (two tables of 384 M rows of 256) beside a small backbone, in host memory.
+
+    Command:  python -m experiments.run memory_196b --data.corpus ... --data.tokenizer ...
+    Cost:     2.37 TB over the 16 hosts of v5e-64, in float32 with catch-up Adam's moments.
+    Expected: fits, with less than 16 GB on each chip.
+    """
+    memory = EngramConfig(
+        engram_layer_ids=(1, 4),
+        engram_variant="deepseek_v41",
+        engram_max_ngram_size=4,
+        engram_head_dim=256,
+        engram_vocab_size=16_000_000,
+        engram_kernel_size=0,
+    )
+    return replace(
+        moe_small(),
+        model__vocab_size=129_280,
+        model__engram=memory,
+        model__remat="full",
+        model__loss_chunk_len=256,
+        memory__placement="host",
+        data__batch_size=256,
+        train__mesh_fsdp=64,
+        train__grad_accum=4,
+    )
