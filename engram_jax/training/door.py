@@ -30,8 +30,7 @@ def folder_of_one_run(run_dir: Path, log: Callable[[str], None] = print) -> Iter
       ConfigError: it cannot be written, another run writes it, or the processes see different folders.
     """
     with contextlib.ExitStack() as files:
-        problem, key = "", ""
-        is_new = not run_dir.exists()
+        problem, key, is_new = "", "", not run_dir.exists()
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             if is_first():
@@ -47,15 +46,20 @@ def folder_of_one_run(run_dir: Path, log: Callable[[str], None] = print) -> Iter
                 f"--run_dir {run_dir} cannot be written ({error.strerror or error}): give a folder that you may write "
                 "to, on a disk with room."
             )
+        if is_new:
+            files.callback(_remove_if_nothing_came_of_it, run_dir)
         if problem := agree(problem):
             raise ConfigError(problem)
         _check_shared(run_dir, key)
-        try:
-            yield
-        finally:
-            if is_new and is_first() and os.listdir(run_dir) == [LOCK]:  # a mistake in the settings leaves nothing
-                (run_dir / LOCK).unlink()
-                run_dir.rmdir()
+        yield
+
+
+def _remove_if_nothing_came_of_it(run_dir: Path) -> None:
+    """A mistake in the settings leaves no folder behind."""
+    with contextlib.suppress(OSError):  # another process may have done it
+        if os.listdir(run_dir) == [LOCK]:
+            (run_dir / LOCK).unlink()
+        run_dir.rmdir()
 
 
 def _check_shared(run_dir: Path, key: str) -> None:

@@ -92,7 +92,8 @@ def summary(trace: Path, steps: int, seconds: float) -> str:
         [
             "# Profile",
             "",
-            f"{steps} steps of {seconds / steps * 1e3:,.1f} ms on {len(devices)} devices of process 0.",
+            f"{steps} steps, {seconds / steps * 1e3:,.1f} ms each with all that fell between them, "
+            f"on the {len(devices)} devices of process 0.",
             "",
             "| | share |",
             "|---|---|",
@@ -155,13 +156,19 @@ def _with_self_times(events: list[tuple[float, float, str, str, str, str]]) -> l
     ]
 
 
+GENERIC = {"while", "body", "cond", "closed_call", "checkpoint", "remat", "scan", "shard_map", "rematted_computation"}
+
+
 def _short(scope: str) -> str:
-    """`jit(train_step)/transpose(jvp(engram))/while/body/dot_general` -> `engram`: names that somebody gave."""
-    words = re.findall(r"[\w.]+(?=[()/]|$)", scope.rpartition("/")[0])
-    generic = {"jit", "jvp", "transpose", "vmap", "while", "body", "cond", "closed_call", "checkpoint", "remat", "scan"}
-    generic |= {"rematted_computation", "shard_map", "branch_0_fun", "branch_1_fun", "pjit", "shmap_body", "core_call"}
-    kept = [word for word in words if word not in generic]
-    return "/".join(kept[:3]) or "(no scope)"
+    """`jit(train_step)/transpose(jvp(engram))/while/body/dot_general` -> `train_step/engram`: what somebody named."""
+    names = []
+    for word in scope.split("/")[:-1]:
+        while inside := re.fullmatch(r"\w+\((.*)\)", word):
+            word = inside[1]
+        # Within a program, names that begin with _ are functions of jax, and einsums are called by their equation.
+        if word not in GENERIC and re.fullmatch(r"\w+" if not names else r"(?!_|branch_\d)\w+", word):
+            names.append(word)
+    return "/".join(names[:3]) or "(no scope)"
 
 
 def _union(intervals: list[tuple[float, float]]) -> float:

@@ -1,4 +1,4 @@
-"""Runs as their command lines, in processes of their own: alone, or several together over the loopback."""
+"""Runs as their command lines, in processes of their own: alone, or several over the loopback; and their numbers."""
 
 import contextlib
 import os
@@ -9,12 +9,19 @@ import time
 from operator import attrgetter
 from pathlib import Path
 
+from engram_jax.training.metrics import read_metrics
 from experiments.registry import build
 from experiments.run import field_paths
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300
 """Of patience with processes that may wait for each other."""
+
+
+def numbers(folder):
+    """Every line of metrics.jsonl but for times and the room that the exchange was given: the session's numbers."""
+    own = ("tokens_per_second", "goodput/", "memory/exchange_mb")
+    return [{k: v for k, v in line.items() if not k.startswith(own)} for line in read_metrics(folder)]
 
 
 class Command:

@@ -144,8 +144,9 @@ assert not jax.distributed.is_initialized() and not xla_bridge.backends_are_init
 
 
 PAIR = """
-import sys
-from engram_jax.training import distributed
+import sys, types
+from pathlib import Path
+from engram_jax.training import distributed, door
 from engram_jax.training.distributed import agree, exchange
 port, me = sys.argv[1], int(sys.argv[2])
 distributed.EXCHANGE_SECONDS, distributed.LEAVE_SECONDS = 2, 2
@@ -153,6 +154,13 @@ distributed.start(f"localhost:{port}", 2, me)
 assert exchange(f"I am {me}") == ["I am 0", "I am 1"]
 assert agree("") == ""
 assert agree("no room" if me == 1 else "") == "no room (process 1)"
+door.time = types.SimpleNamespace(sleep=lambda _: None)
+for shared in (True, False):
+    try:
+        with door.folder_of_one_run(Path(sys.argv[3]) / ("shared" if shared else str(me))):
+            assert shared
+    except door.ConfigError as error:
+        assert not shared and "is not the folder that process 0 has" in str(error)
 if me == 1:
     try:
         agree("alone")
@@ -165,15 +173,16 @@ else:
 """
 
 
-def test_two_processes_tell_each_other_and_notice_when_one_does_not_come():
+def test_two_processes_tell_each_other_and_notice_when_one_does_not_come(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-c", PAIR, str(port)]
-    pair = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True) for i in range(2)]
+    pair = [subprocess.Popen([*command, str(i), tmp_path], stdout=subprocess.PIPE, text=True) for i in range(2)]
     try:
         out, _ = pair[1].communicate(timeout=120)
         assert pair[1].returncode == 70
+        assert list(tmp_path.iterdir()) == []
         assert "did not come to compare notes within 2 s" in out and out.endswith("This one says: alone\n")
     finally:
         for process in pair:

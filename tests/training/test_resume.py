@@ -9,20 +9,13 @@ import signal
 import jax
 import numpy as np
 import pytest
-from commands import Command
+from commands import Command, numbers
 
 from engram_jax.config import replace
 from engram_jax.training.checkpoint import UNFINISHED
 from engram_jax.training.errors import INTERRUPTED, TERMINATED
 from engram_jax.training.loop import train
-from engram_jax.training.metrics import read_metrics
 from engram_jax.training.run_folder import load_run
-
-
-def numbers(folder):
-    """Every line of metrics.jsonl but for times and the room that the exchange was given: the session's numbers."""
-    own = ("tokens_per_second", "goodput/", "memory/exchange_mb")
-    return [{k: v for k, v in line.items() if not k.startswith(own)} for line in read_metrics(folder)]
 
 
 def outcome(folder):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import numbers
 from jax.experimental.compilation_cache import compilation_cache
 
 from engram_jax.config import (
@@ -35,7 +36,6 @@ from engram_jax.memory.placements import DevicePlacement
 from engram_jax.sharding import BATCH
 from engram_jax.training.assembly import assemble
 from engram_jax.training.loop import train
-from engram_jax.training.metrics import read_metrics
 from engram_jax.training.sight import BUCKETS, collisions, make_sight
 from engram_jax.training.stepper import Stepper
 
@@ -430,12 +430,6 @@ def run_config(tmp_path_factory):
         checkpoint=CheckpointConfig(every=4),
         memory__sight_every=3,
     )
-
-
-def numbers(folder):
-    """metrics.jsonl without the clock, and without the exchange's size, which the first batch after a start sets."""
-    unlike = {"tokens_per_second", "memory/exchange_mb_0"}
-    return [{k: v for k, v in line.items() if k not in unlike} for line in read_metrics(folder)]
 
 
 def is_sight(name):
