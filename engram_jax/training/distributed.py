@@ -8,6 +8,7 @@ to all, and the last line of a process that was ended says why and what to do.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import os
 import subprocess
@@ -148,19 +149,20 @@ def is_first() -> bool:
 def leave(status: int, together: bool) -> int:
     """Ends a process that failed among others: never returns there. A process alone gets `status` back.
 
-    `together`: the others have probably failed as well, so all leave as from a finished run. Otherwise this process
-    vanishes, and the others are ended by its silence; waiting for them in the interpreter's exit could take forever.
+    `together`: the others have probably failed as well, so all leave as from a finished run. If they do not come, and
+    otherwise, this process vanishes, and the others are ended by its silence: the interpreter's own exit would wait for
+    them in places that know no time limit, and end in abort() instead of `status`.
     """
-    if distributed.global_state.client is None:
+    client = distributed.global_state.client
+    if client is None:
         return status
     sys.stdout.flush()
     sys.stderr.flush()
-    if together:
-        try:
-            jax.distributed.shutdown()
-        except RuntimeError:
-            print("The other processes went on; they are ended now.", file=sys.stderr, flush=True)
     _stay_silent()
+    if together:
+        with contextlib.suppress(RuntimeError):
+            client.wait_at_barrier("engram_jax/leave", LEAVE_SECONDS * 1000)
+            jax.distributed.shutdown()  # process 0 carries the service, and must not be the first to go
     os._exit(status)
 
 

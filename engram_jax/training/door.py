@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
 import socket
 import time
@@ -27,8 +28,13 @@ def folder_of_one_run(run_dir: Path, log: Callable[[str], None] = print) -> Iter
     """Makes the folder and keeps other runs out of it, until the context is left or the process ends, however it does.
 
     Raises:
-      ConfigError: it cannot be written, another run writes it, or the processes see different folders.
+      ConfigError: it is no folder or cannot be written, another run writes it, or the processes see different folders.
     """
+    if scheme := re.match(r"(\w+):/", str(run_dir)):
+        raise ConfigError(
+            f"--run_dir {run_dir}: the run's folder is written as files. Mount the {scheme[1]} bucket on every host "
+            "(gcsfuse, and a hierarchical namespace, in which folders are renamed at once) and give the mounted path."
+        )
     with contextlib.ExitStack() as files:
         problem, key, is_new = "", "", not run_dir.exists()
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engram_jax.config import ConfigError, RunConfig, from_dict
+from engram_jax.config import ConfigError, RunConfig, from_dict, replace
 from engram_jax.counts import describe
 from engram_jax.training.errors import FINISHED, INTERRUPTED, TERMINATED, PeersError, RunError
 from experiments.registry import RUNS, build
@@ -114,6 +114,22 @@ def test_a_run_that_cannot_go_on_says_so_in_one_line(capsys, monkeypatch, traine
     monkeypatch.setattr(sys.modules["engram_jax.training.loop"], "train", fail)
     assert main(["moe_tiny"]) == status
     assert capsys.readouterr().err == "error: Step 7: loss is nan, so the run stops.\n"
+
+
+def test_compiled_programs_are_kept_where_the_user_wants_them(tmp_path):
+    import jax
+
+    from experiments.run import keep_compiled_programs
+
+    name, config = "jax_compilation_cache_dir", replace(build("moe_tiny"), data__cache_dir=str(tmp_path))
+    before = jax.config.values[name]
+    try:
+        for given, kept in ((None, str(tmp_path / "compiled")), ("mine", "mine")):
+            jax.config.update(name, given)
+            keep_compiled_programs(config)
+            assert jax.config.values[name] == kept
+    finally:
+        jax.config.update(name, before)
 
 
 def test_print_shows_config_and_counts_and_trains_nothing(capsys, trained):

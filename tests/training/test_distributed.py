@@ -166,7 +166,7 @@ if me == 1:
         agree("alone")
     except distributed.PeersError as error:
         print(error)
-        distributed.leave(70, together=False)
+        distributed.leave(70, together=True)
 else:
     import time
     time.sleep(100)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -68,6 +69,14 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     message = r"--run_dir .*file/run cannot be written \(Not a directory\): give a folder"
     with pytest.raises(ConfigError, match=message), folder_of_one_run(tmp_path / "file" / "run"):
         pytest.fail("no folder")
+
+
+def test_a_bucket_must_be_mounted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = r"--run_dir gs:/+bucket/run: .* Mount the gs bucket on every host"
+    with pytest.raises(ConfigError, match=message), folder_of_one_run(Path("gs://bucket/run")):
+        pytest.fail("a folder called gs:")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_leaves_no_folder_and_a_run_leaves_its_own(tmp_path):
