@@ -96,6 +96,7 @@ def compile_report(
     programs: Sequence[str] = PROGRAMS,
     keep_hlo: Path | None = None,
     compile_programs: Compile | None = None,
+    detail: bool = True,
 ) -> dict[str, Any]:
     """All that is known of this run on these chips.
 
@@ -106,7 +107,7 @@ def compile_report(
     from engram_jax.aot.child import compile_apart
     from engram_jax.aot.remedies import advice
 
-    reports = (compile_programs or compile_apart)(config, where, programs, keep_hlo)
+    reports = (compile_programs or compile_apart)(config, where, programs, keep_hlo, detail)
     fits = all(r["memory"]["fits"] and r.get("host", {"fits": True})["fits"] for r in reports.values())
     mesh = next((r["mesh"] for r in reports.values() if "mesh" in r), {})
     return {
@@ -146,7 +147,7 @@ def suggest(
     for number, remedy in enumerate(candidates, 1):
         print(f"suggest {number}/{len(candidates)}: {remedy}", flush=True)
         try:
-            tried.append((remedy, compile_report(remedy.apply(config), where, programs, None, compile_programs)))
+            tried.append((remedy, compile_report(remedy.apply(config), where, programs, None, compile_programs, False)))
         except (ConfigError, RunError) as error:
             print(f"  refused: {error}", flush=True)
             tried.append((remedy, None))

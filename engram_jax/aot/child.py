@@ -29,9 +29,9 @@ _ENVIRONMENT = {
 
 
 def compile_apart(
-    config: RunConfig, where: Topology, programs: Sequence[str], keep_hlo: Path | None = None
+    config: RunConfig, where: Topology, programs: Sequence[str], keep_hlo: Path | None = None, detail: bool = True
 ) -> dict[str, Any]:
-    """The report of this run on these chips (report.py), by program.
+    """The report of this run on these chips (report.py), by program. `detail` also breaks down what does not fit.
 
     Raises:
       ConfigError: the config does not fit the chips; nothing was compiled.
@@ -41,6 +41,7 @@ def compile_apart(
         "config": to_dict(config),
         "topology": [where.libtpu, where.slices],
         "programs": list(programs),
+        "detail": detail,
         "keep_hlo": str(keep_hlo.resolve()) if keep_hlo else None,
     }
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | _ENVIRONMENT
@@ -82,8 +83,8 @@ def _child(ordered: dict[str, Any]) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
-    from engram_jax.aot.lowering import arguments, lower, make_parts
-    from engram_jax.aot.report import Compiled, program_report
+    from engram_jax.aot.lowering import TooLarge, arguments, compiled, lower, make_parts
+    from engram_jax.aot.report import program_report, too_large_report
 
     config = from_dict(RunConfig, ordered["config"])
     name, slices = ordered["topology"]
@@ -93,27 +94,26 @@ def _child(ordered: dict[str, Any]) -> dict[str, Any]:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
     except Exception as error:  # libtpu's own
         return {"config_error": f"libtpu knows no topology {name!r}: {str(error).splitlines()[0]}"}
+    reports = {}
     try:
         parts = make_parts(config, devices)
-    except ConfigError as error:
-        return {"config_error": str(error)}
-    reports, program = {}, ""
-    try:
         with jax.set_mesh(parts.mesh):
             given = arguments(parts)
             for program in ordered["programs"]:
-                compiled = Compiled.of(lower(program, parts, given))
-                reports[program] = program_report(program, compiled, parts, where)
+                try:
+                    done = compiled(lower(program, parts, given), ordered["detail"])
+                except TooLarge as error:
+                    reports[program] = too_large_report(error, given, parts, where)
+                    continue
+                reports[program] = program_report(program, done, parts, where)
                 if ordered["keep_hlo"]:
-                    Path(ordered["keep_hlo"]).mkdir(parents=True, exist_ok=True)
-                    (Path(ordered["keep_hlo"]) / f"{config.name}-{where.name}.{program}.hlo").write_text(compiled.text)
+                    file = Path(ordered["keep_hlo"]) / f"{config.name}-{where.name}.{program}.hlo"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_text(done.text)
     except ConfigError as error:
         return {"config_error": str(error)}
     except jax.errors.JaxRuntimeError as error:
-        from engram_jax.aot.report import out_of_memory
-
-        exceeded = out_of_memory(str(error), where)
-        return {"reports": reports | {program: exceeded}} if exceeded else {"error": str(error)[:2000]}
+        return {"error": str(error)[:2000]}
     return {"reports": reports}
 
 

@@ -67,6 +67,15 @@ class Network:
         slices = [int(getattr(d, "slice_index", 0) or 0) for d in devices]
         return cls(dict(mesh.shape), slices, [tuple(getattr(d, "coords", (d.id,))) for d in devices])
 
+    def mesh_of(self, groups: Groups) -> Mapping[str, int]:
+        """The axes among these devices: with several slices a program may count those of its own slice alone."""
+        slices = len(set(self.slice_of))
+        named = max((d for group in groups for d in group), default=0) + 1
+        first, *_ = self.mesh
+        if slices > 1 and named == len(self.slice_of) // slices:
+            return {**self.mesh, first: self.mesh[first] // slices}
+        return self.mesh
+
     @classmethod
     def flat(cls, **mesh: int) -> Network:
         """Of one slice whose devices are in a row."""
@@ -108,6 +117,7 @@ def _collective(
     slice_of = network.slice_of
     devices = len(slice_of)
     groups = _pairs(i.attributes) if kind == "collective-permute" else replica_groups(i.attributes, devices)
+    mesh = network.mesh_of(groups)
     n = max(map(len, groups), default=1)
     held = _held(kind, computation, i)
     payload = sum(shape.bytes for shape in held)
@@ -118,7 +128,7 @@ def _collective(
     within, between = sent_bytes(kind, payload, n, slices)
     return Collective(
         kind,
-        mesh_axes(groups, network.mesh, exact=kind != "collective-permute"),
+        mesh_axes(groups, mesh, exact=kind != "collective-permute"),
         n,
         slices,
         ", ".join(map(str, held[:3])) + (", ..." if len(held) > 3 else ""),

@@ -268,9 +268,3 @@ def _carried(frames: Frames, i: Instruction) -> int | None:
     """The place in the loop's tuple, if that is where it comes from."""
     is_element = i.opcode == "get-tuple-element"
     return i.index if is_element and frames[-1][0].instructions[i.operands[0]].opcode == "parameter" else None
-
-
-def memory_in(message: str) -> int:
-    """The largest size that a compiler's message names, such as 33.00G; 0 if it names none."""
-    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return max((int(float(n) * unit[u]) for n, u in re.findall(r"(\d+(?:\.\d+)?)([KMGT])\b", message)), default=0)

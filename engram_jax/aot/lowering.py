@@ -6,6 +6,8 @@ Needs libtpu; call it in a process of its own (child.py).
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,3 +108,50 @@ def lower(program: str, parts: Parts, given: Arguments) -> jax.stages.Lowered:
         return step.lower(given.state, given.batch, given.plan, given.held, following)
     outside = None if parts.store.placement.in_program else given.held
     return make_eval_step(parts).lower(given.state, given.batch, given.plan, outside)  # type: ignore[attr-defined]
+
+
+# --- compiling ---
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled:
+    text: str
+    sizes: Any
+    """The compiler's memory analysis, of one device."""
+    seconds: float
+
+
+class TooLarge(Exception):
+    """The compiler gave up a program that exceeds the chip's memory."""
+
+    def __init__(self, message: str):
+        super().__init__(message.splitlines()[0])
+        self.needed = memory_in(message)
+        """Bytes of one device; 0 if the message doesn't say."""
+
+
+def compiled(lowered: jax.stages.Lowered, detail: bool = True) -> Compiled:
+    """With `detail`, compiles even what exceeds the chip's memory, to say where: it takes that long again.
+
+    Raises:
+      TooLarge: it exceeds the chip's memory, and the compiler won't go on.
+    """
+    start = time.perf_counter()
+    try:
+        done = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "Ran out of memory" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        if not detail:
+            raise TooLarge(str(error)) from None
+        try:
+            done = lowered.compile(compiler_options={"xla_tpu_no_crash_on_oom": "true"})
+        except jax.errors.JaxRuntimeError:
+            raise TooLarge(str(error)) from None
+    return Compiled(done.as_text() or "", done.memory_analysis(), time.perf_counter() - start)
+
+
+def memory_in(message: str) -> int:
+    """The largest size that a compiler's message names, such as 33.00G; 0 if it names none."""
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return max((int(float(n) * unit[u]) for n, u in re.findall(r"(\d+(?:\.\d+)?)([KMGT])\b", message)), default=0)

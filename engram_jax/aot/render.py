@@ -31,6 +31,9 @@ def sections(report: dict[str, Any]) -> list[Section]:
         found.append((f"{program}: time of a step (estimates: nothing was run)", _time_rows(r, program)))
         found.append((f"{program}: what one chip does in a step", _work_rows(r)))
         found.append((f"{program}: collectives, bytes that one chip sends in a step", _collective_rows(r)))
+        if r["costliest"]:
+            costs = [[f"{c['cycles_share']:.1%}", c["scope"][-100:]] for c in r["costliest"]]
+            found.append((f"{program}: where the compiler's cycles are", [["share", "scope"], *costs]))
         if r["warnings"]:
             found.append((f"{program}: WARNINGS", [["what should not be"], *([line] for line in r["warnings"][:10])]))
         found.append((f"{program}: largest arrays made in HBM", _largest_rows(r)))

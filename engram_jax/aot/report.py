@@ -8,9 +8,7 @@ estimates, each labelled as what it is: nothing here ran on a TPU.
 from __future__ import annotations
 
 import heapq
-import time
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,46 +16,17 @@ import jax
 from engram_jax.aot import hlo
 from engram_jax.aot.chips import Topology
 from engram_jax.aot.collectives import Collective, Network, collectives
-from engram_jax.aot.shapes import HBM, HOST
+from engram_jax.aot.lowering import Arguments, Compiled, TooLarge
+from engram_jax.aot.memory import argument_groups, hbm, host, largest_buffers
 from engram_jax.aot.work import Work, work
 from engram_jax.counts import flops_per_token
 from engram_jax.training.assembly import Parts
 
-ARGUMENTS = {
-    "state.params": "params",
-    "state.opt_state": "optimizer",
-    "state.memory.tables": "memory table",
-    "state": "other state",
-    "batch": "batch and plan",
-    "plan": "batch and plan",
-    "next_plan": "batch and plan",
-    "held": "rows read ahead",
-}
-"""Groups of a step's arguments by how their names begin; the longest that fits counts."""
 LONG_LOOP = 1000
 """Rounds from which a loop is worth a line: a gather that became one is run row by row."""
 
 LARGE = 2**20
 """Bytes below which no collective is worth a warning."""
-
-
-@dataclass(frozen=True, eq=False)
-class Compiled:
-    text: str
-    sizes: Any
-    seconds: float
-
-    @classmethod
-    def of(cls, lowered: jax.stages.Lowered) -> Compiled:
-        """Compiles even what exceeds the chip's memory, to say by how much and where."""
-        start = time.perf_counter()
-        try:
-            compiled = lowered.compile(compiler_options={"xla_tpu_no_crash_on_oom": "true"})
-        except jax.errors.JaxRuntimeError as error:
-            if "No such compile option" not in str(error):
-                raise
-            compiled = lowered.compile()
-        return cls(compiled.as_text() or "", compiled.memory_analysis(), time.perf_counter() - start)
 
 
 def program_report(program: str, compiled: Compiled, parts: Parts, where: Topology) -> dict[str, Any]:
@@ -68,8 +37,8 @@ def program_report(program: str, compiled: Compiled, parts: Parts, where: Topolo
     useful = share * flops_per_token(parts.config.model, data.seq_len) * tokens / where.chips
     return {
         "mesh": dict(parts.mesh.shape),
-        "memory": _memory(module, compiled.sizes, where),
-        "host": _host(compiled.sizes, parts, where),
+        "memory": hbm(module, compiled.sizes, where),
+        "host": host(compiled.sizes, parts, where),
         "flops": {"model": useful, "compiled": each * done.flops, "every_branch": each * work(worst).flops},
         "bytes": {"hbm": each * done.hbm_bytes, "host_link": each * done.host_bytes},
         "collectives": [_line(c, each) for c in _merged(sent)],
@@ -88,95 +57,13 @@ def program_report(program: str, compiled: Compiled, parts: Parts, where: Topolo
     }
 
 
-# --- memory ---
-
-
-def _memory(module: hlo.Module, sizes: Any, where: Topology) -> dict[str, Any]:
-    entry, each = module.computations[module.entry], where.chip.devices
-    groups = Counter(dict.fromkeys(dict.fromkeys(ARGUMENTS.values()), 0))
-    for i in entry.instructions.values():
-        if i.opcode == "parameter" and i.shapes[0].space != HOST:
-            groups[_group(i.scope)] += i.shapes[0].padded_bytes
-    kept = min(activations(module), sizes.temp_size_in_bytes)
-    groups["activations"] = kept
-    groups["temporaries"] = sizes.temp_size_in_bytes - kept
-    groups["results"] = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
-    groups["code"] = sizes.generated_code_size_in_bytes
-    groups = {name: each * size for name, size in groups.items() if size}
-    needed = sum(groups.values())
-    return {
-        "groups": groups,
-        "needed": needed,
-        "peak": each * (getattr(sizes, "peak_memory_in_bytes", 0) or 0),
-        "available": where.chip.hbm_bytes,
-        "fits": needed <= where.chip.hbm_bytes,
-    }
-
-
-def _group(name: str) -> str:
-    fitting = [start for start in ARGUMENTS if name == start or name.startswith((f"{start}.", f"{start}["))]
-    return ARGUMENTS[max(fitting, key=len)] if fitting else "other"
-
-
-def activations(module: hlo.Module) -> int:
-    """Bytes in HBM that the forward pass writes and the backward pass reads, as autodiff names them."""
-    total = 0
-    for computation, _ in module.walk():
-        if computation.name in module.fused:
-            continue
-        for i in computation.instructions.values():
-            if _pass(i) == "forward" and not i.is_tuple and _goes_backward(computation, i):
-                total += sum(s.padded_bytes for s in i.shapes if s.space == HBM)
-    return total
-
-
-def _pass(i: hlo.Instruction) -> str:
-    return "backward" if "transpose(" in i.scope else "forward" if "jvp(" in i.scope else ""
-
-
-def _goes_backward(computation: hlo.Computation, i: hlo.Instruction) -> bool:
-    if i.opcode in ("parameter", "constant", "bitcast", "tuple"):
-        return False
-    for user in computation.users[i.name]:
-        if user.opcode == "tuple":
-            if any(_pass(u) == "backward" for u in computation.users[user.name]):
-                return True
-        elif _pass(user) == "backward":
-            return True
-    return False
-
-
-def largest_buffers(module: hlo.Module, number: int = 12) -> list[dict[str, Any]]:
-    """The largest arrays that the program makes in HBM, one line for each shape and scope."""
-    found: dict[tuple[str, str], int] = {}
-    for computation, _ in module.walk():
-        if computation.name in module.fused:
-            continue
-        for i in computation.instructions.values():
-            if i.opcode in ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "copy-done", "opt-barrier"):
-                continue
-            for shape in i.shapes:
-                if shape.space == HBM:
-                    found[f"{shape} {i.opcode}", i.scope] = shape.padded_bytes
-    ordered = sorted(found.items(), key=lambda item: -item[1])[:number]
-    return [{"array": what, "bytes": size, "scope": scope} for (what, scope), size in ordered]
-
-
-def _host(sizes: Any, parts: Parts, where: Topology) -> dict[str, Any]:
-    """Bytes of one host's memory that the tables take. What the data pipeline takes is not known here."""
-    each = where.chip.devices * where.chip.chips_per_host
-    tables = each * (
-        sizes.host_argument_size_in_bytes + sizes.host_output_size_in_bytes - sizes.host_alias_size_in_bytes
-    )
-    if not parts.store.placement.in_program:
-        tables = parts.store.num_bytes // where.hosts
-    needed = tables + each * sizes.host_temp_size_in_bytes
-    return {
-        "tables": tables,
-        "needed": needed,
-        "available": where.chip.host_bytes,
-        "fits": needed <= where.chip.host_bytes,
-    }
+def too_large_report(error: TooLarge, given: Arguments, parts: Parts, where: Topology) -> dict[str, Any]:
+    """Of a program that the compiler gave up: what it said it needs, and the arguments without their tiles."""
+    groups = {name: where.chip.devices * size for name, size in argument_groups(given).items()}
+    needed = max(where.chip.devices * error.needed, sum(groups.values()))
+    groups["temporaries"] = needed - sum(groups.values())
+    memory = {"groups": groups, "needed": needed, "peak": needed, "available": where.chip.hbm_bytes, "fits": False}
+    return {"mesh": dict(parts.mesh.shape), "memory": memory, "error": str(error)}
 
 
 # --- network and time ---
@@ -282,12 +169,3 @@ def long_loops(module: hlo.Module) -> list[dict[str, Any]]:
             if i.opcode == "while" and (rounds := hlo.trip_count(module, computation, i) or 0) >= LONG_LOOP:
                 found[rounds, i.scope] += 1
     return [{"rounds": rounds, "loops": n, "scope": scope} for (rounds, scope), n in found.most_common()]
-
-
-def out_of_memory(message: str, where: Topology) -> dict[str, Any] | None:
-    """The report of a program that the compiler gave up, if its message says that memory was why."""
-    if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
-        return None
-    needed = hlo.memory_in(message)
-    memory = {"groups": {}, "needed": needed, "peak": needed, "available": where.chip.hbm_bytes, "fits": False}
-    return {"memory": memory, "error": message.splitlines()[0]}

@@ -17,7 +17,7 @@ GB = 10**9
 def played(needs, seconds=lambda config: 1.0, host=lambda config: 0):
     """A compiler for which `needs(config)` bytes and `seconds(config)` are what a step takes."""
 
-    def compile_programs(config, where, programs, keep_hlo=None):
+    def compile_programs(config, where, programs, keep_hlo=None, detail=True):
         needed, available = needs(config), where.chip.hbm_bytes
         estimates = {
             name: {"seconds": seconds(config), "mfu": 0.5, "chip_hours": 1.0}
@@ -54,6 +54,7 @@ def played(needs, seconds=lambda config: 1.0, host=lambda config: 0):
                 }
             ],
             "times": {"resources": {"compute": 0.1, "hbm": 0.2, "network": 0.3}, "estimates": estimates},
+            "costliest": [{"scope": "jit(train_step)/ffn", "cycles_share": 0.25}],
             "warnings": [],
             "largest": [{"array": "f32[9] fusion", "bytes": 36, "scope": "x"}],
             "long_loops": [],
@@ -169,7 +170,7 @@ def test_remedies_are_ranked_by_time_among_those_that_fit():
 
 
 def test_a_remedy_that_is_refused_comes_last():
-    def refuses(config, where, programs, keep_hlo=None):
+    def refuses(config, where, programs, *_):
         if config.train.mesh_fsdp > 1:
             raise ConfigError("no")
         return played(lambda config: 90 * GB)(config, where, programs)

@@ -1,0 +1,129 @@
+"""What a step holds in the memory of a chip and of its host, by group.
+
+Arguments are told apart by the names that the program has for them, and counted as they lie, tiles included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import jax
+
+from engram_jax.aot import hlo
+from engram_jax.aot.chips import Topology
+from engram_jax.aot.lowering import Arguments
+from engram_jax.aot.shapes import HBM, HOST
+from engram_jax.training.assembly import Parts
+
+ARGUMENTS = {
+    "state.params": "params",
+    "state.opt_state": "optimizer",
+    "state.memory.tables": "memory table",
+    "state": "other state",
+    "batch": "batch and plan",
+    "plan": "batch and plan",
+    "next_plan": "batch and plan",
+    "held": "rows read ahead",
+}
+"""Groups of a step's arguments by how their names begin; the longest that fits counts."""
+
+
+def hbm(module: hlo.Module, sizes: Any, where: Topology) -> dict[str, Any]:
+    entry, each = module.computations[module.entry], where.chip.devices
+    groups = Counter(dict.fromkeys(dict.fromkeys(ARGUMENTS.values()), 0))
+    for i in entry.instructions.values():
+        if i.opcode == "parameter" and i.shapes[0].space != HOST:
+            groups[_group(i.scope)] += i.shapes[0].padded_bytes
+    kept = min(activations(module), sizes.temp_size_in_bytes)
+    groups["activations"] = kept
+    groups["temporaries"] = sizes.temp_size_in_bytes - kept
+    groups["results"] = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+    groups["code"] = sizes.generated_code_size_in_bytes
+    groups = {name: each * size for name, size in groups.items() if size}
+    needed = sum(groups.values())
+    return {
+        "groups": groups,
+        "needed": needed,
+        "peak": each * (getattr(sizes, "peak_memory_in_bytes", 0) or 0),
+        "available": where.chip.hbm_bytes,
+        "fits": needed <= where.chip.hbm_bytes,
+    }
+
+
+def _group(name: str) -> str:
+    fitting = [start for start in ARGUMENTS if name == start or name.startswith((f"{start}.", f"{start}["))]
+    return ARGUMENTS[max(fitting, key=len)] if fitting else "other"
+
+
+def argument_groups(given: Arguments) -> Counter[str]:
+    """Bytes of a step's arguments on one device by group, from their shapes and shardings alone."""
+    named = {"state": given.state, "batch": given.batch, "plan": given.plan, "held": given.held}
+    groups: Counter[str] = Counter()
+    for path, x in jax.tree_util.tree_leaves_with_path(named):
+        if x.sharding.memory_kind != "pinned_host":
+            name = str(path[0].key) + jax.tree_util.keystr(path[1:])
+            groups[_group(name)] += math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return groups
+
+
+def activations(module: hlo.Module) -> int:
+    """Bytes in HBM that the forward pass writes and the backward pass reads, as autodiff names them."""
+    total = 0
+    for computation, _ in module.walk():
+        if computation.name in module.fused:
+            continue
+        for i in computation.instructions.values():
+            if _pass(i) == "forward" and not i.is_tuple and _goes_backward(computation, i):
+                total += sum(s.padded_bytes for s in i.shapes if s.space == HBM)
+    return total
+
+
+def _pass(i: hlo.Instruction) -> str:
+    return "backward" if "transpose(" in i.scope else "forward" if "jvp(" in i.scope else ""
+
+
+def _goes_backward(computation: hlo.Computation, i: hlo.Instruction) -> bool:
+    if i.opcode in ("parameter", "constant", "bitcast", "tuple"):
+        return False
+    for user in computation.users[i.name]:
+        if user.opcode == "tuple":
+            if any(_pass(u) == "backward" for u in computation.users[user.name]):
+                return True
+        elif _pass(user) == "backward":
+            return True
+    return False
+
+
+def largest_buffers(module: hlo.Module, number: int = 12) -> list[dict[str, Any]]:
+    """The largest arrays that the program makes in HBM, one line for each shape and scope."""
+    found: dict[tuple[str, str], int] = {}
+    for computation, _ in module.walk():
+        if computation.name in module.fused:
+            continue
+        for i in computation.instructions.values():
+            if i.opcode in ("parameter", "tuple", "get-tuple-element", "bitcast", "while", "copy-done", "opt-barrier"):
+                continue
+            for shape in i.shapes:
+                if shape.space == HBM:
+                    found[f"{shape} {i.opcode}", i.scope] = shape.padded_bytes
+    ordered = sorted(found.items(), key=lambda item: -item[1])[:number]
+    return [{"array": what, "bytes": size, "scope": scope} for (what, scope), size in ordered]
+
+
+def host(sizes: Any, parts: Parts, where: Topology) -> dict[str, Any]:
+    """Bytes of one host's memory that the tables take. What the data pipeline takes is not known here."""
+    each = where.chip.devices * where.chip.chips_per_host
+    tables = each * (
+        sizes.host_argument_size_in_bytes + sizes.host_output_size_in_bytes - sizes.host_alias_size_in_bytes
+    )
+    if not parts.store.placement.in_program:
+        tables = parts.store.num_bytes // where.hosts
+    needed = tables + each * sizes.host_temp_size_in_bytes
+    return {
+        "tables": tables,
+        "needed": needed,
+        "available": where.chip.host_bytes,
+        "fits": needed <= where.chip.host_bytes,
+    }
