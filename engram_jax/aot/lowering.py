@@ -78,15 +78,15 @@ def arguments(parts: Parts) -> Arguments:
         by_owner = NamedSharding(parts.mesh, jax.P(parts.mesh.axis_names))
         held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_owner), held)
         return Arguments(state, batch, plan, held)
-    tables = {}
-    for layer, table in store.abstract_state().tables.items():
-        at_rest = store.at_rest(layer)
-        if at_rest is None:
-            tables[layer] = on_chips(table)
-        else:
-            tables[layer] = jax.tree.map(
-                lambda x, rest: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rest), table, at_rest
-            )
+
+    def at_rest(rest: Any, part: Any) -> Any:
+        """A part of a table where it lies; None: on the device, like anything else."""
+        return on_chips(part) if rest is None else jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=rest)
+
+    tables = {
+        layer: jax.tree.map(at_rest, store.at_rest(layer), table, is_leaf=lambda x: x is None)
+        for layer, table in store.abstract_state().tables.items()
+    }
     state = replace(state, memory=replace(state.memory, tables=tables))
     held = on_chips(jax.eval_shape(store.load, state.memory, plan)) if store.layers and reads_ahead(parts) else None
     return Arguments(state, batch, plan, held)
@@ -95,7 +95,8 @@ def arguments(parts: Parts) -> Arguments:
 def _rows(parts: Parts, layer: str, plan: MemoryPlan) -> jax.ShapeDtypeStruct:
     """The rows of a table that this plan reads, at their owners."""
     store = parts.store
-    return jax.ShapeDtypeStruct((store.shards * capacity(plan[layer]).owner, store.config.engram_head_dim), "float32")
+    places = store.shards * capacity(plan[layer]).owner
+    return jax.ShapeDtypeStruct((places, store.config.engram_head_dim), store.row_dtype)
 
 
 def lower(program: str, parts: Parts, given: Arguments) -> jax.stages.Lowered:

@@ -42,7 +42,7 @@ def test_what_is_too_large_is_compiled_again_for_the_details():
     [(Lowered(REFUSED), False), (Lowered(REFUSED, "INVALID_ARGUMENT: Invalid TPU program."), True)],
 )
 def test_without_details_the_compilers_words_say_how_large(lowered, detail):
-    with pytest.raises(TooLarge, match="33.00G") as raised:
+    with pytest.raises(TooLarge, match=r"33\.00G") as raised:
         compiled(lowered, detail)
     assert raised.value.needed == 33 * 2**30
 
