@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from engram_jax.transports import TRANSPORTS
 
 AXES = ("expert",)
-MULTIPLE = 8
-"""Places per pair are padded to a multiple of this (TPU tiles have 8 sublanes)."""
+MULTIPLES = (512, 128, 8)
+"""Places per pair are a multiple of one of these: tiles of the grouped matmul, where that costs an eighth at most."""
 
 
 class Places(NamedTuple):
@@ -41,8 +41,9 @@ class Places(NamedTuple):
 
 def capacity(num_pairs: int, owners: int, factor: float) -> int:
     """C for `num_pairs` (token, choice) pairs of one device."""
-    even = -(-num_pairs // owners)
-    return min(-(-max(int(even * factor), 1) // MULTIPLE) * MULTIPLE, num_pairs)
+    room = max(int(-(-num_pairs // owners) * factor), 1)
+    multiple = next(m for m in MULTIPLES if m * 8 <= room or m == MULTIPLES[-1])
+    return min(-(-room // multiple) * multiple, num_pairs)
 
 
 def exchanged(
