@@ -122,7 +122,7 @@ def _train(config: RunConfig, run_dir: Path, log: Log, profile: Profile | None, 
 
         with (
             batches,
-            MetricsWriter(run_dir, first_step, config.train.tensorboard) as writer,
+            MetricsWriter(run_dir, first_step, config.train.tensorboard, writes=is_first()) as writer,
             Stepper(parts, batches_on_devices(), log) as train_step,
         ):
 

@@ -8,18 +8,16 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from engram_jax.training.distributed import is_first
-
 
 class MetricsWriter:
     """Appends to `metrics.jsonl` and TensorBoard. Lines after `step` (of a run that was cut off) are dropped first.
 
-    Every process has one, and that of process 0 writes.
+    Every process has one, and that of process 0 `writes`.
     """
 
-    def __init__(self, run_dir: Path, step: int, tensorboard: bool):
+    def __init__(self, run_dir: Path, step: int, tensorboard: bool, writes: bool = True):
         self._file = self._board = None
-        if not is_first():
+        if not writes:
             return
         path = run_dir / "metrics.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
