@@ -42,7 +42,7 @@ def tokens(mesh, seed):
     ("shape", "placement"),
     [
         (None, DevicePlacement()),
-        (None, DevicePlacement(packs_rows=True)),
+        (None, DevicePlacement(as_records=True)),
         (None, HostPlacement()),
         (None, NumpyPlacement()),
         pytest.param((2, 4), DevicePlacement(), marks=pytest.mark.slow),

@@ -52,9 +52,9 @@ def one_row(row_dtype="float32"):
 
 
 @functools.cache
-def compiled(mesh, share, packs_rows=False, row_dtype="float32", rows=R):
+def compiled(mesh, share, as_records=False, row_dtype="float32", rows=R):
     """The jitted functions of a placement's table."""
-    placement = TieredPlacement(share, DevicePlacement(packs_rows), HostPlacement())
+    placement = TieredPlacement(share, DevicePlacement(as_records), HostPlacement())
     new = on_shards(lambda: placement.allocate(rows, one_row(row_dtype)))
     at_rest = placement.at_rest(mesh, jax.eval_shape(new))
     return SimpleNamespace(
@@ -96,10 +96,10 @@ def hot_ids(mesh, table):
     return np.asarray(table.hot_ids).reshape(mesh.size, -1)
 
 
-@pytest.mark.parametrize(("share", "packs_rows", "row_dtype"), CASES)
-def test_reads_and_writes_the_rows_asked_for(mesh, share, packs_rows, row_dtype):
+@pytest.mark.parametrize(("share", "as_records", "row_dtype"), CASES)
+def test_reads_and_writes_the_rows_asked_for(mesh, share, as_records, row_dtype):
     rng = np.random.default_rng(0)
-    on = compiled(mesh, share, packs_rows, row_dtype)
+    on = compiled(mesh, share, as_records, row_dtype)
     table = on.new()
     # The oracle has as many rows more as a batch: those beyond the table's end, which stay zero.
     expected = jax.tree.map(lambda x: np.zeros((mesh.size, R + U, *x.shape[1:]), x.dtype), one_row(row_dtype))
@@ -129,10 +129,10 @@ def expected_uses(uses_R, hot, ids):
     return np.sort(np.where(better, best[:count], least[:count]).tolist() + least[count:].tolist()), better.sum()
 
 
-@pytest.mark.parametrize(("share", "packs_rows", "row_dtype"), CASES)
-def test_promotes_the_rows_used_most_for_those_used_least(mesh, share, packs_rows, row_dtype):
+@pytest.mark.parametrize(("share", "as_records", "row_dtype"), CASES)
+def test_promotes_the_rows_used_most_for_those_used_least(mesh, share, as_records, row_dtype):
     rng = np.random.default_rng(1)
-    on = compiled(mesh, share, packs_rows, row_dtype)
+    on = compiled(mesh, share, as_records, row_dtype)
     every = np.tile(np.arange(R, dtype=np.int32), (mesh.size, 1))
     table = on.put(on.new(), send(mesh, every), send(mesh, random_rows(mesh, rng, row_dtype, count=R)))
     uses = np.asarray(on.take(table, send(mesh, every)).uses).reshape(mesh.size, R)

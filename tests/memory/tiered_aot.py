@@ -28,7 +28,7 @@ def one_row(row_dtype: str, width: int) -> TableState:
 
 def programs(topology: str, row_dtype: str) -> dict[str, dict[str, Any]]:
     """A tiered table made; its rows read, read ahead and written by one program; rows exchanged between the tiers."""
-    placement = TieredPlacement(0.1, DevicePlacement(packs_rows=True), HostPlacement())
+    placement = TieredPlacement(0.1, DevicePlacement(as_records=True), HostPlacement())
     mesh, like = topology_mesh(topology), one_row(row_dtype, WIDTH)
     sharded = jax.P(MESH_AXES)
     device = jax.NamedSharding(mesh, sharded)

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from engram_jax.config import ConfigError, MemoryConfig
 from engram_jax.memory.placements.device import DevicePlacement
 from engram_jax.memory.placements.host import HostPlacement, HostTable
+from engram_jax.memory.placements.records import Records
 from engram_jax.memory.routing import stable_sort
 from engram_jax.memory.table import ROW_MULTIPLE, TableState
 
@@ -43,7 +44,7 @@ class TieredTable:
     tail: all R rows in host memory.
     """
 
-    hot: TableState
+    hot: TableState | Records
     hot_ids: jax.Array
     hot_places: jax.Array
     tail: HostTable
@@ -127,7 +128,7 @@ class TieredPlacement:
         id_of_place_K = jnp.zeros_like(table.hot_ids).at[table.hot_places].set(table.hot_ids, unique_indices=True)
         down_E = jnp.where(place_E < num_hot, id_of_place_K.at[place_E].get(mode="clip"), num_rows + beyond_E)
 
-        def one_round(i: jax.Array, tiers: tuple[TableState, HostTable]) -> tuple[TableState, HostTable]:
+        def one_round(i: jax.Array, tiers: tuple[Any, HostTable]) -> tuple[Any, HostTable]:
             hot, tail = tiers
             up_M, place_M, down_M = (lax.dynamic_slice_in_dim(x, i * size, size) for x in (up_E, place_E, down_E))
             down_M, order_M = stable_sort(down_M)
