@@ -4,6 +4,8 @@
 
   --topology v5p-64      64 chips of v5p (numbers are CHIPS; gcloud's v5p-128), or the slice's shape: v5p:4x4x4.
                          Chips: v5e, v5p, v6e, 7x. A wrong one lists those that there are.
+                         The mesh and sequences at a time are chosen for it (experiments/slices.py) where no
+                         --train.mesh_fsdp or --train.grad_accum says otherwise.
   --slices N             N such slices, joined by the slower network; the mesh's data axis counts over them first
   --programs train eval  which steps (default: both)
   --suggest              if it does not fit: compile the standard remedies, and rank what fits by its estimated time
@@ -31,6 +33,7 @@ from engram_jax.config import ConfigError, RunConfig, require, to_dict
 from engram_jax.training.errors import RunError
 from experiments.registry import RUNS, build
 from experiments.run import parse
+from experiments.slices import laid_out
 
 FITS, GAVE_UP, MISTAKE, TOO_LARGE = 0, 1, 2, 3
 PROGRAMS = ("train", "eval")
@@ -58,9 +61,9 @@ def run(arguments: list[str]) -> int:
     name, *rest = arguments
     require(not name.startswith("-"), f"the run's name comes first: NAME {' '.join(arguments)}")
     options, overrides = _options(rest)
-    config = parse(build(name), overrides).config
     require(options.topology is not None, "say for which chips: --topology v5p-64, for example.")
     where = topology(options.topology, options.slices)
+    config = parse(laid_out(build(name), where), overrides).config
     wrong = set(options.programs) - set(PROGRAMS)
     require(not wrong, f"--programs {' '.join(sorted(wrong))} is none of {', '.join(PROGRAMS)}.")
 

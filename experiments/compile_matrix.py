@@ -12,41 +12,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engram_jax.aot.chips import Topology, topology
-from engram_jax.config import ConfigError, RunConfig, replace, require, to_dict
+from engram_jax.config import ConfigError, RunConfig, require, to_dict
 from engram_jax.training.errors import RunError
 from experiments.compile import Compile, compile_report
 from experiments.registry import build
+from experiments.slices import laid_out
 
 MODELS = ("dense_4b", "moe_27b", "engram_27b", "engram_40b")
 SLICES = ("v5e-256", "v5p-64", "v5p-128", "v6e-256", "7x-64")
 CELLS = Path("compile/matrix")
 PAGE = Path(__file__).parents[1] / "docs" / "pods.md"
 BEGIN, END = "<!-- matrix: python -m experiments.compile --matrix -->", "<!-- end of matrix -->"
-
-
-def laid_out(config: RunConfig, where: Topology) -> RunConfig:
-    """The run as one would start it there: weights cut over the slice, one sequence a device at a time.
-
-    Experts are distributed over as many devices as divide both, and stay whole; the rest of the cut is fsdp's. On a 3D
-    torus the weights are cut over half of the slice: over all of it libtpu gathers by all-reduce, at twice the bytes.
-    """
-    devices = where.devices // where.slices // (2 if where.chip.torus == 3 and where.chips > 8 else 1)
-    experts = math.gcd(config.model.moe.n_routed_experts, devices) if config.model.moe.enabled else 1
-    parts = max(1, config.data.batch_size // where.devices)
-    return replace(
-        config,
-        train__mesh_data=-1,
-        train__mesh_fsdp=devices // experts,
-        train__mesh_expert=experts,
-        train__grad_accum=parts,
-    )
 
 
 def write_matrix(arguments: Sequence[str], compile_programs: Compile | None = None) -> int:

@@ -5,6 +5,7 @@
   NAME --help            every field that can be overridden, with its default
   NAME --run_dir DIR     where checkpoints and metrics go (default runs/NAME); the same command again resumes
   NAME --train.steps 50  overrides a field; tuples are written 1 4, booleans True or False
+  NAME --slice v5p-64    lays the run out for that TPU slice (chips): mesh axes and sequences at a time
   NAME --profile         traces a few steps and writes what they took to DIR/profile/summary.md
 
 On several hosts the same command runs on each: TPU slices, GKE and Slurm are found, elsewhere it takes
@@ -16,6 +17,7 @@ The first is the baseline.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import inspect
@@ -24,7 +26,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -101,7 +103,8 @@ def run(arguments: list[str]) -> int:
         return FINISHED
     require(bool(names), f"the run's name comes first: NAME {' '.join(overrides)}")
     # All are parsed before the first is trained: a mistake in the last name should not surface hours later.
-    parsed = {name: parse(build(name), overrides) for name in names}
+    overrides, where = _take_slice(overrides)
+    parsed = {name: parse(where(build(name)), overrides) for name in names}
     trained: list[Path] = []
     for name, options in parsed.items():
         if options.print:
@@ -120,6 +123,20 @@ def run(arguments: list[str]) -> int:
         if is_first():
             print(f"Picture and table: {compare(trained)}")
     return FINISHED
+
+
+def _take_slice(overrides: list[str]) -> tuple[list[str], Callable[[RunConfig], RunConfig]]:
+    """The other overrides, and what `--slice` makes of a run before they apply."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--slice")
+    options, rest = parser.parse_known_args(overrides)
+    if options.slice is None:
+        return rest, lambda run: run
+    from engram_jax.aot.chips import topology
+    from experiments.slices import laid_out
+
+    where = topology(options.slice)
+    return rest, lambda run: laid_out(run, where)
 
 
 def train(options: Options, run_dir: Path) -> int:

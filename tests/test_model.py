@@ -242,7 +242,14 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"remat": "full"}, {"remat": "dots"}, {"loss_chunk_len": 5}, {"loss_chunk_len": T}], ids=str
+    "changes",
+    [
+        {"remat": "full"},
+        pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
+        {"loss_chunk_len": 5},
+        pytest.param({"loss_chunk_len": T}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_saving_memory_changes_no_number(plain, changes):
     inputs, (loss, grads), program = plain

@@ -65,6 +65,7 @@ def rms_normed(x):
     return x / np.sqrt(np.mean(x**2, -1, keepdims=True))
 
 
+@pytest.mark.slow
 def test_gates_of_the_first_block_are_equation_6(model, tokenizer):
     parts, state = model
     ids = [tokenizer.bos_id, *tokenizer.encode(TEXT)]

@@ -188,3 +188,14 @@ def test_errors_of_training_are_one_line_too(capsys, monkeypatch, trained):
 
     monkeypatch.setattr(sys.modules["engram_jax.training.loop"], "train", fail)
     assert "data.corpus='x'" in fails_with(capsys, "moe_tiny")
+
+
+def test_a_slice_lays_the_run_out_and_overrides_still_count(capsys):
+    assert main(["engram_27b", "--slice", "v5p-64", "--train.grad_accum", "20", "--print"]) == 0
+    train = json.loads(capsys.readouterr().out.split("\n\ngroup")[0])["train"]
+    assert (train["mesh_fsdp"], train["mesh_expert"], train["grad_accum"]) == (32, 1, 20)
+    assert main(["moe_27b", "--slice", "v5e-256", "--print"]) == 0
+    train = json.loads(capsys.readouterr().out.split("\n\ngroup")[0])["train"]
+    assert (train["mesh_fsdp"], train["mesh_expert"], train["grad_accum"]) == (32, 8, 5)
+    assert main(["engram_27b", "--slice", "v5p-65"]) == 2
+    assert "no v5p slice of 65 chips" in capsys.readouterr().err

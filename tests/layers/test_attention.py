@@ -142,7 +142,7 @@ def test_large_scores_neither_overflow_nor_leak():
     assert all(np.isfinite(g).all() for g in vjp(jnp.ones_like(y)))
 
 
-@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@pytest.mark.parametrize("kind", ["mla", pytest.param("gqa", marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_single_device_output_and_gradients(mesh, kind):
     x, (positions, segments) = jax.random.normal(jax.random.key(1), (8, 12, 16)), packed(batch=8, length=12)
 

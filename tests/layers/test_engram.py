@@ -198,7 +198,7 @@ def test_one_token_sequence():
     np.testing.assert_allclose(y, 1 + jax.nn.silu(1.0) * jnp.ones((1, 1, 2, 4)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("cross_documents", [False, True])
+@pytest.mark.parametrize("cross_documents", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_single_device_output_and_gradients(mesh, cross_documents):
     """Where the sequence is cut, the convolution's taps reach into the piece to the left, and their gradients back."""
     rng = np.random.default_rng()

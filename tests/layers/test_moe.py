@@ -215,7 +215,7 @@ def assert_equal(expected, got):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "ragged"])
+@pytest.mark.parametrize("implementation", ["blocked", pytest.param("ragged", marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_single_device_output_stats_and_gradients(mesh, implementation):
     x = jax.random.normal(jax.random.key(1), (8, 6, 16))
     segments = jnp.asarray([[1, 1, 1, 0, 0, 0]] * 3 + [[1] * 6] * 5)
@@ -225,7 +225,7 @@ def test_a_mesh_gives_the_single_device_output_stats_and_gradients(mesh, impleme
     assert_equal(expected, got)
 
 
-@pytest.mark.parametrize("favourite", [0, 5])
+@pytest.mark.parametrize("favourite", [0, pytest.param(5, marks=pytest.mark.slow)])
 def test_what_does_not_fit_is_carried_in_further_rounds(favourite):
     """All tokens want the same expert, and blocks have room for a third of an even share."""
 

@@ -143,7 +143,7 @@ def cases(*optimizers):
     """Each on every mesh; in the fast suite catch-up Adam, and what differs most from it on one mesh."""
 
     def case(optimizer, mesh):
-        fast = optimizer == "catch_up_adam" or (mesh == (2, 4) and optimizer in ("sinkhorn", "rowwise_rmsprop"))
+        fast = optimizer == "catch_up_adam" or (mesh == (2, 4) and optimizer == "sinkhorn")
         return pytest.param(optimizer, mesh, marks=() if fast else pytest.mark.slow, id=f"{optimizer}-{mesh}")
 
     return pytest.mark.parametrize(("optimizer", "mesh"), [case(o, mesh) for mesh in MESHES for o in optimizers])
@@ -164,6 +164,7 @@ def test_where_sums_are_exact_every_bit_is_that_of_one_device(optimizer, mesh):
         compare(mine, one, np.testing.assert_array_equal)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "mesh"),
     [

@@ -374,6 +374,7 @@ def test_a_shard_given_up_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_no_table(saved):
     """A process that ends after its last write, before close: all the bytes are there, and no table."""
     directory, layout, _ = saved

@@ -282,7 +282,7 @@ def train(mesh, name, reads_ahead):
     return store, state, seen, plans[-1]
 
 
-@pytest.mark.parametrize("reads_ahead", [False, True])
+@pytest.mark.parametrize("reads_ahead", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trains_as_a_table_on_the_device_does(mesh, reads_ahead):
     device, expected, expected_rows, _ = train(mesh, "device", reads_ahead)
     store, state, rows, plan = train(mesh, "tiered", reads_ahead)

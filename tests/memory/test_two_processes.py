@@ -68,6 +68,7 @@ def test_two_processes_train_the_bits_of_one(tmp_path):
         assert json.loads((folder / f"used-{process}.json").read_text()) == used
 
 
+@pytest.mark.slow
 def test_both_processes_hear_of_a_row_that_one_of_them_asked_for_wrongly(tmp_path):
     for out in two_processes(tmp_path, "damaged"):
         assert "RowIdError: Layer 2, head 0, sequence 8, position 0: the row id lies outside its head." in out

@@ -144,7 +144,7 @@ def test_a_full_disk_is_said_at_the_start(config, tmp_path, monkeypatch):
     assert not [line for line in lines if line.startswith("step")]
 
 
-@pytest.mark.parametrize("metric", ["loss", "grad_norm"])
+@pytest.mark.parametrize("metric", ["loss", pytest.param("grad_norm", marks=pytest.mark.slow)])
 def test_a_number_that_is_not_finite_stops_the_run(config, tmp_path, monkeypatch, metric):
     def make_train_step(parts):
         step, calls = original(parts), iter(range(1, 100))

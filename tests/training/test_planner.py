@@ -106,6 +106,7 @@ def test_a_batch_that_asks_for_more_is_planned_again_larger():
     assert planner.replanned == before
 
 
+@pytest.mark.slow
 def test_only_what_was_too_small_grows():
     """Sequences that ask the same of an owner share its list; different ones of the same size fill it up."""
     planner = Planner(store_of(), lambda line: None)
@@ -120,6 +121,7 @@ def test_only_what_was_too_small_grows():
     assert roomy(need)["0"].pair > before["0"].pair  # where it would have gone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [(all_equal, all_distinct), (all_distinct, all_equal)])
 def test_a_plan_started_before_the_shapes_changed_takes_the_new_ones(kinds):
     planner = Planner(store_of(), lambda line: None)
@@ -234,6 +236,7 @@ def test_batches_keep_their_order_and_their_plans():
             planned.advance()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_sees_the_same_batches(undisturbed):
     """It draws ahead, tunes anew, and ends in the same bits."""
 

@@ -41,7 +41,7 @@ def interrupting(number, at, lines, times=1):
     return log
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_stopped_and_resumed_is_undisturbed(config, straight, tmp_path, number):
     lines = []
     handler = signal.getsignal(number)

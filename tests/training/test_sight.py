@@ -376,7 +376,8 @@ def stepped(tokenizer):
     return functools.cache(run)
 
 
-@pytest.mark.parametrize("placement", ["numpy", pytest.param("host", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["numpy", "host"])
 def test_every_placement_sees_the_same(stepped, placement):
     """While rows are read ahead and written behind; what the steps see is not disturbed by it."""
     losses, looks = stepped(placement)
@@ -443,6 +444,7 @@ def seen_run(run_config, tmp_path_factory):
     return folder, lines
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_looks_and_trains_as_without(run_config, seen_run, tmp_path):
     folder, log = seen_run
     seen = {line["step"]: {k: v for k, v in line.items() if is_sight(k)} for line in numbers(folder)}

@@ -161,6 +161,7 @@ def dense_gradients(parts, params, table_Rd, buffers, batch):
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, table_Rd)
 
 
+@pytest.mark.slow
 def test_clipping_sees_the_rows_too(trainer, make_batch):
     tiny = trainer(**SMOOTH)
     batch = make_batch(np.random.default_rng())
@@ -252,6 +253,7 @@ def test_every_mesh_trains_the_same(trainer, make_batch, axes):
     assert_trees_close(sharded_state.memory, state.memory, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_float32_keeps(trainer, make_batch):
     batches = [make_batch(np.random.default_rng())] * 5
     state, history = trainer(**CALM, model__dtype="bfloat16").run(batches)

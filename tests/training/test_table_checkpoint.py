@@ -207,6 +207,7 @@ def contents(directory):
 MOMENTS = ["a first chunk is written", "some shards are closed", "tables are written", "the state is being written"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [pytest.param(m, marks=[pytest.mark.slow] * (i % 2)) for i, m in enumerate(MOMENTS)])
 def test_killed_while_saving_the_step_before_is_there(moment, tmp_path):
     killed = run_apart("save_and_die", tmp_path, moment)
@@ -250,7 +251,7 @@ def save_and_die(directory, moment):
 
 @pytest.mark.usefixtures("abandoned_reads")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("harm", ["a chunk", "an index", "a shard"])
+@pytest.mark.parametrize("harm", ["a chunk", "an index", pytest.param("a shard", marks=pytest.mark.slow)])
 def test_a_damaged_table_is_named_and_the_checkpoint_before_it_taken(harm, tmp_path):
     parts = parts_on(mesh_of(2, 4))
     save(tmp_path, parts, 1, 2)
@@ -301,10 +302,10 @@ def test_another_stores_tables_are_refused_before_anything_is_made(changes, reas
     ("change", "value"),
     [
         ("model__engram__engram_vocab_size", 700),
-        ("model__engram__engram_n_heads", 4),
+        pytest.param("model__engram__engram_n_heads", 4, marks=pytest.mark.slow),
         ("model__engram__engram_kernel_size", 2),
-        ("optimizer__table_optimizer", "rowwise_adagrad"),
-        ("memory__row_dtype", "bfloat16"),
+        pytest.param("optimizer__table_optimizer", "rowwise_adagrad", marks=pytest.mark.slow),
+        pytest.param("memory__row_dtype", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_another_runs_checkpoint_is_refused_by_the_setting_that_differs(change, value, config, tokenizer, tmp_path):

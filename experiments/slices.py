@@ -1,0 +1,47 @@
+"""How a run is laid out on a slice, where its own settings do not say: the mesh's axes, and sequences at a time.
+
+    python -m experiments.run engram_27b --slice v5p-64 ...
+"""
+
+from __future__ import annotations
+
+import math
+
+from engram_jax.aot.chips import Topology
+from engram_jax.config import RunConfig, replace
+
+ROOM = 0.6
+"""Share of a device's memory for what a sequence needs while it is trained on."""
+PER_STREAM_BYTE = 4.6
+"""Bytes a sequence needs for each byte of residual streams that its blocks hand on (engram_27b, 5 sequences of 4,096 at
+a time compiled for v5p-64: 57 GB of temporaries for 12.6 GB)."""
+
+
+def laid_out(run: RunConfig, where: Topology) -> RunConfig:
+    """The run as one would start it there: weights cut over the slice, as many sequences at a time as have room.
+
+    Experts are distributed over as many devices as divide both, and stay whole; the rest of the cut is fsdp's. On a 3D
+    torus the weights are cut over half of the slice: over all of it libtpu gathers by all-reduce, at twice the bytes.
+    """
+    devices = where.devices // where.slices // (2 if where.chip.torus == 3 and where.chips > 8 else 1)
+    moe = run.model.moe
+    experts = math.gcd(moe.n_routed_experts, devices) if moe.enabled else 1
+    sequences = max(1, run.data.batch_size // where.devices)
+    at_once = max(n for n in range(1, sequences + 1) if sequences % n == 0 and (n == 1 or n <= _room(run, where)))
+    return replace(
+        run,
+        train__mesh_data=-1,
+        train__mesh_fsdp=math.gcd(run.model.hidden_size, devices // experts),
+        train__mesh_expert=experts,
+        train__mesh_context=1,
+        train__mesh_tensor=1,
+        train__grad_accum=sequences // at_once,
+    )
+
+
+def _room(run: RunConfig, where: Topology) -> float:
+    """Sequences at a time for which a device has room."""
+    model, dtype_bytes = run.model, 2 if run.model.dtype == "bfloat16" else 4
+    streams = model.num_hidden_layers * run.data.seq_len * model.hc_mult * model.hidden_size * dtype_bytes
+    blocks = 1 if model.remat == "full" else 8  # what the backward pass keeps of a block beside its input
+    return ROOM * where.chip.hbm_bytes / where.chip.devices / (PER_STREAM_BYTE * blocks * streams)
