@@ -21,11 +21,16 @@ BLOCK = 512
 
 
 def splash_attention(
-    q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGV: jax.Array, segment_ids_BT: jax.Array | None
+    q_BTNH: jax.Array,
+    k_BSGH: jax.Array,
+    v_BSGV: jax.Array,
+    segment_ids_BT: jax.Array | None,
+    interpret: bool = False,
 ) -> jax.Array:
     """softmax(q k / sqrt(H)) v -> y_BTNV in `q.dtype`, causal and within segments; S = T.
 
     Under a mesh, heads may be cut over `tensor` and the positions of q over `context`; k and v have all positions.
+    `interpret`: without a TPU, slowly.
 
     Raises:
       ConfigError: a device's positions are not a multiple of 128.
@@ -38,7 +43,7 @@ def splash_attention(
         f"data.seq_len={length} over train.mesh_context={context} is not a multiple of 128, which attention on TPU "
         "needs: choose such a length.",
     )
-    kernel = _kernel(length, heads, context, tensor)
+    kernel = _kernel(length, heads, context, tensor, interpret)
     q_BNTH = (q_BTNH * q_BTNH.shape[-1] ** -0.5).swapaxes(1, 2)
     k_BGSH, v_BGSV = k_BSGH.swapaxes(1, 2), v_BSGV.swapaxes(1, 2)
 
@@ -59,7 +64,7 @@ def splash_attention(
     return local(kernel, *arrays).swapaxes(1, 2)
 
 
-def _kernel(length: int, heads: int, context: int, tensor: int) -> splash.SplashAttentionKernel:
+def _kernel(length: int, heads: int, context: int, tensor: int, interpret: bool) -> splash.SplashAttentionKernel:
     block = max(b for b in (128, 256, BLOCK) if length // context % b == 0)
     sizes = splash.BlockSizes(
         block_q=block,
@@ -71,4 +76,6 @@ def _kernel(length: int, heads: int, context: int, tensor: int) -> splash.Splash
         use_fused_bwd_kernel=True,
     )
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
-    return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=tensor, q_seq_shards=context)
+    return splash.make_splash_mha(
+        mask, block_sizes=sizes, head_shards=tensor, q_seq_shards=context, interpret=interpret
+    )

@@ -146,6 +146,13 @@ def _mesh(config: RunConfig, devices: Sequence[Any] | None) -> Mesh:
         factor = math.prod(mesh.shape[axis] for axis in axes)
         settings = " x ".join(f"train.mesh_{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
         require(size % factor == 0, f"{field}={size} is not a multiple of {settings}: choose factors of it.")
+    engram = model.engram
+    reach = max(engram.engram_kernel_size - 1, 0) * engram.engram_max_ngram_size if engram.enabled else 0
+    require(
+        config.data.seq_len // train.mesh_context >= reach,
+        f"data.seq_len={config.data.seq_len} over train.mesh_context={train.mesh_context} leaves pieces shorter than the "
+        f"{reach} positions that the short convolution looks back: lower mesh_context.",
+    )
     require(
         train.mesh_expert == 1 or moe.enabled,
         f"train.mesh_expert={train.mesh_expert}, but the model has no experts: give these devices to train.mesh_fsdp.",

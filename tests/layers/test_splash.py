@@ -1,0 +1,72 @@
+"""The TPU attention kernel, interpreted, against the product of all queries and keys: also where sequences are cut."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.config import ConfigError
+from engram_jax.layers.attention import attention, causal_mask
+from engram_jax.layers.splash import splash_attention
+from engram_jax.sharding import make_mesh, spec
+
+B, T, N, H, V = 4, 256, 2, 24, 16
+
+
+def inputs(kv_heads):
+    rng = np.random.default_rng()
+    q, k, v, weight = (
+        jnp.asarray(rng.normal(size=s), jnp.float32)
+        for s in ((B, T, N, H), (B, T, kv_heads, H), (B, T, kv_heads, V), (B, T, N, V))
+    )
+    segments = np.sort(rng.integers(0, 4, (B, T)), axis=1)[:, ::-1].astype(np.int32)
+    return (q, k, v), jnp.asarray(segments), weight
+
+
+def value_and_gradients(attend, qkv, segments, weight):
+    def loss(q, k, v):
+        y = attend(q, k, v, segments)
+        return jnp.sum(y * weight), y
+
+    (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*qkv)
+    return y, grads
+
+
+def reference(q, k, v, segments):
+    return attention(q, k, v, causal_mask(T, segments))
+
+
+def kernel(q, k, v, segments):
+    return splash_attention(q, k, v, segments, interpret=True)
+
+
+def assert_close(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv_heads", [N, 1])
+@pytest.mark.parametrize("packed", [True, False])
+def test_equals_the_whole_product(kv_heads, packed):
+    qkv, segments, weight = inputs(kv_heads)
+    segments = segments if packed else None
+    expected = value_and_gradients(reference, qkv, segments, weight)
+    assert_close(jax.jit(lambda: value_and_gradients(kernel, qkv, segments, weight))(), expected)
+
+
+def test_equals_it_where_sequences_and_heads_are_cut():
+    qkv, segments, weight = inputs(N)
+    expected = value_and_gradients(reference, qkv, segments, weight)
+    mesh = make_mesh(2, context=2, tensor=2)
+    with jax.set_mesh(mesh):
+        q, weight = jax.device_put((qkv[0], weight), jax.NamedSharding(mesh, spec("batch", "seq", "heads", None)))
+        k, v = jax.device_put(qkv[1:], jax.NamedSharding(mesh, spec("batch", None, "heads", None)))
+        segments = jax.device_put(segments, jax.NamedSharding(mesh, spec("batch", "seq")))
+        got = jax.jit(lambda *args: value_and_gradients(kernel, args[:3], *args[3:]))(q, k, v, segments, weight)
+    assert_close(got, expected)
+
+
+def test_a_length_that_is_no_whole_tile_is_refused():
+    (q, k, v), segments, _ = inputs(N)
+    with pytest.raises(ConfigError, match=r"data.seq_len=200 .* not a multiple of 128"):
+        splash_attention(q[:, :200], k[:, :200], v[:, :200], segments[:, :200])
