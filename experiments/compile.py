@@ -4,8 +4,8 @@
 
   --topology v5p-64      64 chips of v5p (numbers are CHIPS; gcloud's v5p-128), or the slice's shape: v5p:4x4x4.
                          Chips: v5e, v5p, v6e, 7x. A wrong one lists those that there are.
-                         The mesh and sequences at a time are chosen for it (experiments/slices.py) where no
-                         --train.mesh_fsdp or --train.grad_accum says otherwise.
+                         Mesh and sequences at a time are chosen for it (experiments/slices.py), unless the overrides
+                         name an axis of the mesh or --train.grad_accum.
   --slices N             N such slices, joined by the slower network; the mesh's data axis counts over them first
   --programs train eval  which steps (default: both)
   --suggest              if it does not fit: compile the standard remedies, and rank what fits by its estimated time
@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from engram_jax.aot.chips import Topology, topology
-from engram_jax.config import ConfigError, RunConfig, require, to_dict
+from engram_jax.config import ConfigError, RunConfig, replace, require, to_dict
+from engram_jax.sharding import MESH_AXES
 from engram_jax.training.errors import RunError
 from experiments.registry import RUNS, build
 from experiments.run import parse
@@ -63,7 +64,7 @@ def run(arguments: list[str]) -> int:
     options, overrides = _options(rest)
     require(options.topology is not None, "say for which chips: --topology v5p-64, for example.")
     where = topology(options.topology, options.slices)
-    config = parse(laid_out(build(name), where), overrides).config
+    config = parse(_start(build(name), where, overrides), overrides).config
     wrong = set(options.programs) - set(PROGRAMS)
     require(not wrong, f"--programs {' '.join(sorted(wrong))} is none of {', '.join(PROGRAMS)}.")
 
@@ -79,6 +80,14 @@ def run(arguments: list[str]) -> int:
         if best:
             print(f"\nThe best of them: {headline(best)}\nWritten: {write(best, options.out / 'suggested')}")
     return FITS if report["fits"] else TOO_LARGE
+
+
+def _start(run: RunConfig, where: Topology, overrides: Sequence[str]) -> RunConfig:
+    """The run laid out for the chips; with its own mesh where the overrides name an axis, whose rest they then mean."""
+    chosen = laid_out(run, where)
+    if not any(word.startswith("--train.mesh_") for word in overrides):
+        return chosen
+    return replace(chosen, **{f"train__mesh_{axis}": getattr(run.train, f"mesh_{axis}") for axis in MESH_AXES})
 
 
 def _options(rest: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -184,7 +193,8 @@ def ranking(ranked: list[tuple[Any, dict[str, Any] | None]]) -> str:
             verdict = "refused"
         else:
             fits = "fits" if report["fits"] else "too large"
-            verdict = f"{fits}, {size(needed(report))} a chip, {step_seconds(report):.3g} s"
+            seconds = f", {step_seconds(report):.3g} s" if report["fits"] else ""
+            verdict = f"{fits}, {size(needed(report))} a chip{seconds}"
         lines.append(f"  {verdict:44}{remedy}")
     if not any(report and report["fits"] for _, report in ranked):
         lines.append("None of them fits: take more chips, or lower data.seq_len.")

@@ -20,14 +20,17 @@ a time compiled for v5p-64: 57 GB of temporaries for 12.6 GB)."""
 def laid_out(run: RunConfig, where: Topology) -> RunConfig:
     """The run as one would start it there: weights cut over the slice, as many sequences at a time as have room.
 
-    Experts are distributed over as many devices as divide both, and stay whole; the rest of the cut is fsdp's. On a 3D
-    torus the weights are cut over half of the slice: over all of it libtpu gathers by all-reduce, at twice the bytes.
+    Experts are distributed over as many devices as divide both, where their tokens are fewer bytes than their weights;
+    the rest of the cut is fsdp's. On a 3D torus the weights are cut over half of the slice: over all of it libtpu
+    gathers by all-reduce, at twice the bytes.
     """
     devices = where.devices // where.slices // (2 if where.chip.torus == 3 and where.chips > 8 else 1)
-    moe = run.model.moe
-    experts = math.gcd(moe.n_routed_experts, devices) if moe.enabled else 1
     sequences = max(1, run.data.batch_size // where.devices)
     at_once = max(n for n in range(1, sequences + 1) if sequences % n == 0 and (n == 1 or n <= _room(run, where)))
+    moe = run.model.moe
+    weights = 3 * moe.n_routed_experts * moe.moe_intermediate_size  # both of these times hidden_size
+    tokens = 2 * moe.capacity_factor * moe.num_experts_per_tok * at_once * run.data.seq_len
+    experts = math.gcd(moe.n_routed_experts, devices) if weights > tokens else 1
     return replace(
         run,
         train__mesh_data=-1,

@@ -93,6 +93,8 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
         if stats:
             loads = jnp.concatenate([stack.load_E for stack in stats.values()])
             metrics["expert_load_max"] = jnp.max(loads) * loads.shape[-1]
+            if parts.mesh.shape["expert"] > 1:  # share of the routed rows that took a further round
+                metrics["expert_carried"] = jnp.mean(jnp.stack([jnp.mean(stack.carried) for stack in stats.values()]))
         for layer, row_plan in plan.items():
             counters = _memory_metrics(store, row_plan)
             counters["used_share"] = memory.rows_used[layer] / store.num_rows(layer)
