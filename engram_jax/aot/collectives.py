@@ -240,14 +240,15 @@ def _iota(dims: str, permutation: str | None) -> np.ndarray:
 
 
 def _mesh_groups(text: str) -> Groups:
-    """`mesh['a'=4,'b'=2] {'a'}`: along a, at each place of b. A part of an axis is `'a':(2)2`: size 2, after 2."""
+    """`mesh['a'=4,'b'=2] {'a'}`: along a, at each place of b. A part of an axis is `'a':(2)2`: size 2, after 2.
+
+    `device_ids=([2,4]T(1,0))`: the mesh's devices are these places of 0, 1, ..., transposed.
+    """
     inside, rest = text.removeprefix("mesh[").split("]", 1)
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", inside)}
     ids = np.arange(int(np.prod(list(sizes.values()))))
-    if order := re.search(r"device_ids=\((?:\[[\d,]+\]<=(\[[\d,]+\])(?:T\(([\d,]+)\))?|([\d,\[\] ]+))\)", text):
-        flat = order.group(3)
-        listed = np.array([int(d) for d in re.findall(r"\d+", flat)]) if flat else _iota(order.group(1), order.group(2))
-        ids = listed.reshape(-1)
+    if order := re.search(r"device_ids=\((\[[\d,]+\])(?:T\(([\d,]+)\))?\)", rest):
+        ids = _iota(order.group(1), order.group(2)).reshape(-1)
     named = rest[rest.index("{") : rest.index("}") + 1]
     parts: list[tuple[str, int, int]] = [
         (name, int(before or 1), int(size or sizes[name]))

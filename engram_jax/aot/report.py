@@ -108,16 +108,18 @@ def warnings(sent: list[Collective], parts: Parts, where: Topology) -> list[str]
     tables = parts.store.num_bytes // parts.store.shards
     params = parts.abstract_state().params
     stacks, rest = jax.tree.leaves(params.get("blocks", {})), jax.tree.leaves({**params, "blocks": {}})
-    one_layer = max([x.size // x.shape[0] * 4 for x in stacks] + [x.size * 4 for x in rest])
+    sizes = {x.size // x.shape[0] for x in stacks} | {x.size for x in rest}
+    whole_weights = {size * item for size in sizes for item in (2, 4)}
     for c in sent:
-        if tables and c.result_bytes >= tables / 2:
-            found.append(f"table-sized: {c.kind} of {c.shape} leaves {c.result_bytes:,} bytes ({c.scope})")
-        elif c.kind == "all-gather" and c.result_bytes > one_layer:
-            found.append(f"more than a layer at once: {c.kind} of {c.shape}, {c.result_bytes:,} bytes ({c.scope})")
+        what = f"{c.kind} of {c.shape}, {c.result_bytes:,} bytes, over {'+'.join(c.axes)} ({c.scope})"
+        if tables and c.result_bytes >= tables / 2 and c.result_bytes not in whole_weights:
+            found.append(f"table-sized: {what}")
+        elif c.kind == "all-gather" and c.result_bytes > 4 * max(sizes):
+            found.append(f"more than a layer at once: {what}")
         elif c.is_gather and c.result_bytes > LARGE:
-            found.append(
-                f"gathered by an all-reduce, at twice the bytes: {c.times:g} x {c.shape} over {'+'.join(c.axes)}"
-            )
+            # libtpu does so where a group is the whole of a slice whose network is a 3D torus (tried on v5p and 7x).
+            half = f"cut the weights over half of the slice (train.mesh_data={2 * where.slices}) and it gathers"
+            found.append(f"gathered by an all-reduce, at twice the bytes: {what}; {half}")
     return list(dict.fromkeys(found))
 
 

@@ -180,10 +180,10 @@ def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> float
     reads = 0.0
     for place, name in enumerate(i.operands):
         parameter = inner.parameters.get(place)
-        reads += _read_inside(inner, parameter, _in_hbm(computation.instructions[name])) if parameter else 0.0
+        reads += _read_inside(module, inner, parameter, _in_hbm(computation.instructions[name])) if parameter else 0.0
     roots = inner.instructions[inner.root]
     outputs = [inner.instructions[n] for n in roots.operands] if roots.opcode == "tuple" else [roots]
-    writes = sum(_written_inside(inner, out, shape) for out, shape in zip(outputs, i.shapes, strict=False))
+    writes = sum(_written_inside(module, inner, out, shape) for out, shape in zip(outputs, i.shapes, strict=False))
     return reads + writes
 
 
@@ -213,7 +213,7 @@ def _written_by(computation: Computation, i: Instruction) -> float:
     return _in_hbm(i)
 
 
-def _read_inside(inner: Computation, name: str, whole: float) -> float:
+def _read_inside(module: Module, inner: Computation, name: str, whole: float) -> float:
     """Of a fusion's operand, what is read: all of it, unless every use is a slice or an update in place."""
     if not whole:
         return 0.0
@@ -224,20 +224,29 @@ def _read_inside(inner: Computation, name: str, whole: float) -> float:
         elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
             continue
         elif user.opcode in _SEEN_THROUGH:
-            read += _read_inside(inner, user.name, whole)
+            read += _read_inside(module, inner, user.name, whole)
+        elif user.opcode == "fusion":
+            nested = module.computations[user.called[0]]
+            read += _read_inside(module, nested, nested.parameters[user.operands.index(name)], whole)
         else:
             return whole
     return min(read, whole)
 
 
-def _written_inside(inner: Computation, out: Instruction, shape: Shape) -> float:
+def _written_inside(module: Module, inner: Computation, out: Instruction, shape: Shape) -> float:
     """Of a fusion's result, what is written: all of it, or the update where one is made in place."""
     if shape.space != HBM:
         return 0.0
-    while out.opcode in _SEEN_THROUGH and out.operands:
-        out = inner.operand(out, 0)
+    while out.operands and (out.opcode in _SEEN_THROUGH or out.opcode == "fusion"):
+        if out.opcode == "fusion":
+            inner = module.computations[out.called[0]]
+            out = inner.instructions[inner.root]
+        else:
+            out = inner.operand(out, 0)
     if out.opcode == "dynamic-update-slice":
         return float(min(shape.padded_bytes, inner.operand(out, 1).shapes[0].padded_bytes))
+    if out.opcode == "scatter":  # each row is read and written
+        return float(min(shape.padded_bytes, 2 * inner.instructions[out.operands[-1]].shapes[0].padded_bytes))
     return float(shape.padded_bytes)
 
 

@@ -74,8 +74,12 @@ def test_collectives_in_loops_count_once_a_round():
         ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}, x", [(0, 1, 2, 3, 4, 5, 6, 7)]),
         ("replica_groups=mesh['a'=8] {'a':(2)2}, x", [(0, 2), (1, 3), (4, 6), (5, 7)]),
         (
-            "replica_groups=mesh['a'=2,'b'=4], device_ids=([8]<=[4,2]T(1,0)) {'a'}, x",
+            "replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, x",
             [(0, 1), (2, 3), (4, 5), (6, 7)],
+        ),
+        (
+            "replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={1}",
+            [(0, 1, 2, 3), (4, 5, 6, 7)],
         ),
     ],
 )

@@ -87,7 +87,17 @@ def test_what_fits_ends_with_0_and_is_written_twice(compiler, tmp_path, capsys):
 
 def test_what_does_not_fit_ends_with_3_and_says_what_to_change(compiler, tmp_path, capsys):
     compiler(lambda config: 30 * GB)
-    given = ["moe_small", "--topology", "v5e-4", "--out", str(tmp_path), "--programs", "train"]
+    given = [
+        "moe_small",
+        "--topology",
+        "v5e-4",
+        "--out",
+        str(tmp_path),
+        "--programs",
+        "train",
+        "--train.mesh_fsdp",
+        "1",
+    ]
     assert command.main(given) == command.TOO_LARGE
     page = capsys.readouterr().out
     assert "13.1 GB a chip more than there is" in page
@@ -143,6 +153,15 @@ def test_overrides_reach_the_compiler(compiler, tmp_path):
     ]
     assert command.main(given) == 0
     assert (seen[0].model.remat, seen[0].train.mesh_fsdp) == ("full", 2)
+
+
+def test_the_mesh_is_chosen_unless_an_axis_is_named(compiler, tmp_path):
+    seen = []
+    compiler(lambda config: seen.append(config.train) or GB)
+    given = ["moe_small", "--topology", "v5e-16", "--out", str(tmp_path), "--programs", "train"]
+    command.main(given)
+    command.main([*given, "--train.mesh_fsdp=4"])
+    assert [(t.mesh_data, t.mesh_fsdp * t.mesh_expert) for t in seen] == [(-1, 16), (-1, 4)]
 
 
 # --- remedies ---

@@ -37,11 +37,11 @@ def test_a_step_does_not_grow(case):
 
 def test_tables_are_on_the_chip_or_on_the_host():
     on_chip, on_host = (json.loads((FOLDER / f"{case}.json").read_text()) for case in ("v5p-4-expert", "v5p-8-host"))
-    rows = 8 * 1_000_000 * (64 * 3 + 2) * 4  # two orders of four heads; Adam's moments, the last step and the uses
-    assert on_chip["memory"]["memory table"] == pytest.approx(rows / 4, rel=0.01)
+    rows, words = 8 * 1_000_000, 64 * 3 + 2  # two orders of four heads; Adam's moments, the last step and the uses
+    assert on_chip["memory"]["memory table"] == pytest.approx(rows * 256 * 4 / 4, rel=0.01)  # whole tiles, four chips
     assert on_chip["host tables"] == 0
     assert "memory table" not in on_host["memory"]
-    assert on_host["host tables"] == pytest.approx(rows / 2, rel=0.01)  # two hosts
+    assert on_host["host tables"] == pytest.approx(rows * words * 4 / 2, rel=0.01)  # two hosts
 
 
 @pytest.mark.parametrize(

@@ -82,3 +82,38 @@ def test_slices_and_updates_in_place_move_their_own_bytes_only():
     done = work(hlo.parse(TRAFFIC))
     assert done.hbm_bytes == row + row + 2 * stack
     assert done.cycles == 111
+
+
+SCATTERED = """HloModule m
+
+%put (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %b = f32[] parameter(1)
+}
+
+%rows (table: f32[4096,256], ids: s32[16], new: f32[16,256]) -> f32[4096,256] {
+  %table = f32[4096,256]{1,0} parameter(0)
+  %ids = s32[16]{0} parameter(1)
+  %new = f32[16,256]{1,0} parameter(2)
+  ROOT %s = f32[4096,256]{1,0} scatter(%table, %ids, %new), update_window_dims={1}, to_apply=%put
+}
+
+%padded (table.1: f32[4096,256], ids.1: s32[16], new.1: f32[16,256]) -> f32[4096,256] {
+  %table.1 = f32[4096,256]{1,0} parameter(0)
+  %ids.1 = s32[16]{0} parameter(1)
+  %new.1 = f32[16,256]{1,0} parameter(2)
+  ROOT %within = f32[4096,256]{1,0} fusion(%table.1, %ids.1, %new.1), kind=kCustom, calls=%rows
+}
+
+ENTRY %main (t: f32[4096,256], i: s32[16], n: f32[16,256]) -> f32[4096,256] {
+  %t = f32[4096,256]{1,0} parameter(0)
+  %i = s32[16]{0} parameter(1)
+  %n = f32[16,256]{1,0} parameter(2)
+  ROOT %f = f32[4096,256]{1,0} fusion(%t, %i, %n), kind=kCustom, calls=%padded
+}
+"""
+
+
+def test_a_scatter_in_place_moves_its_rows_not_the_table():
+    rows, ids = 16 * 256 * 4, 16 * 4
+    assert work(hlo.parse(SCATTERED)).hbm_bytes == ids + rows + 2 * rows
