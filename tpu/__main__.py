@@ -27,6 +27,7 @@ import sys
 from collections.abc import Sequence
 
 from tpu import accelerators, cloud, work
+from tpu.buckets import FLAG
 from tpu.errors import CloudError, TpuError
 from tpu.gcloud import Gcloud
 from tpu.slices import Slice
@@ -83,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="switch transparent hugepages on (sudo): libtpu asks for them on v5e and newer",
     )
+    install = "install gcsfuse where it is missing (sudo, apt): a run folder in a bucket needs it"
+    setup.add_argument(FLAG, action="store_true", help=install)
 
     for name, help in (
         ("launch", "Starts a run on all workers, under a supervisor; the same command again resumes."),
@@ -103,6 +106,7 @@ def parser() -> argparse.ArgumentParser:
             run.add_argument(
                 "--delete-when-done", action="store_true", help="delete the slice once the run has finished"
             )
+            run.add_argument(FLAG, action="store_true", help=f"{install}; on every new slice")
 
     status = verb("status", "State, age, preemptions and cost so far.", slice_name=False)
     status.add_argument(
@@ -151,12 +155,12 @@ def run(options: argparse.Namespace, overrides: Sequence[str]) -> int | None:
         case "wait":
             cloud.wait(gcloud, o.name, o.every, o.minutes)
         case "setup":
-            work.setup(gcloud, o.name, o.hugepages)
+            work.setup(gcloud, o.name, o.hugepages, o.install_gcsfuse)
         case "launch":
             work.launch(gcloud, o.name, work.job(gcloud, o.run, o.run_dir, overrides, o.secrets), o.libtpu_flags)
         case "watch":
             job = work.job(gcloud, o.run, o.run_dir, overrides, o.secrets)
-            return Watch(gcloud, o.name, job, o.libtpu_flags, o.delete_when_done).run(o.every)
+            return Watch(gcloud, o.name, job, o.libtpu_flags, o.delete_when_done, o.install_gcsfuse).run(o.every)
         case "status":
             work.status(gcloud, o.name, o.price)
         case "logs":

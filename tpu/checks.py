@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tpu.buckets import bucket_of
 from tpu.errors import CloudError, TpuError
 from tpu.gcloud import Gcloud
 
@@ -40,6 +41,8 @@ def check_run_dir(run_dir: str) -> str:
     if run_dir.startswith("gs:"):
         if not BUCKET.fullmatch(run_dir):
             raise TpuError(f"--run-dir {run_dir!r} is not of the form gs://BUCKET/FOLDER.")
+        if {"", ".", ".."} & set(run_dir.removeprefix("gs://").rstrip("/").split("/")):
+            raise TpuError(f"--run-dir {run_dir!r}: it becomes a path, so no //, /./ or /../ in it.")
         if set(run_dir) & set("*?[]#\n\r"):  # gcloud storage reads these as wildcards, or cannot store them
             raise TpuError(f"--run-dir {run_dir!r}: no *, ?, [, ], # or line breaks in the name of a folder.")
     elif not run_dir.startswith("/"):
@@ -50,7 +53,7 @@ def check_run_dir(run_dir: str) -> str:
 
 
 def check_writable(gcloud: Gcloud, run_dir: str) -> None:
-    """Writes and deletes a tiny object below `run_dir`, if that is a bucket.
+    """Writes and deletes a tiny object below `run_dir`, if that is a bucket, and warns if its folders are none.
 
     Raises:
       TpuError: it cannot be written, or not deleted.
@@ -61,10 +64,11 @@ def check_writable(gcloud: Gcloud, run_dir: str) -> None:
     try:
         gcloud.change("storage", "cp", "-", probe, zonal=False)
     except CloudError as error:
-        bucket = "/".join(run_dir.split("/")[:3])
+        region = (gcloud.zone or "REGION").rsplit("-", 1)[0]
         raise TpuError(
-            f"--run-dir {run_dir}: cannot be written ({error}) "
-            f"Does the bucket exist (gcloud storage buckets create {bucket}), and may you write to it?"
+            f"--run-dir {run_dir}: cannot be written ({error}) Does the bucket exist (gcloud storage buckets create "
+            f"gs://{bucket_of(run_dir)} --uniform-bucket-level-access --enable-hierarchical-namespace "
+            f"--location={region}), and may you write to it?"
         ) from None
     try:
         gcloud.change("storage", "rm", probe, zonal=False)
@@ -73,6 +77,30 @@ def check_writable(gcloud: Gcloud, run_dir: str) -> None:
             f"--run-dir {run_dir}: can be written but not cleaned ({error}) "
             "Old checkpoints are deleted, so the role must allow it: roles/storage.objectUser."
         ) from None
+    _warn_without_folders(gcloud, bucket_of(run_dir))
+
+
+def _warn_without_folders(gcloud: Gcloud, bucket: str) -> None:
+    """Says so if the bucket has no hierarchical namespace, which nobody can give it later."""
+    try:
+        # --raw: without it gcloud (SDK 528) leaves this field out.
+        answer = gcloud.read("storage", "buckets", "describe", f"gs://{bucket}", "--raw", zonal=False)
+    except CloudError:
+        answer = None
+    if gcloud.dry_run:
+        return
+    if not isinstance(answer, dict) or not answer:
+        text = f"note: whether gs://{bucket} has a hierarchical namespace could not be seen (storage.buckets.get)."
+    elif isinstance(folders := answer.get("hierarchicalNamespace"), dict) and folders.get("enabled") is True:
+        return
+    else:
+        text = (
+            f"warning: gs://{bucket} has no hierarchical namespace. A checkpoint becomes whole by renaming its folder; "
+            "there that is many copies, slow and not atomic: cut short it leaves a part of one, and gcsfuse may refuse "
+            "it. Buckets get the namespace at their creation only: gcloud storage buckets create --enable-hierarchical-namespace "
+            "--uniform-bucket-level-access"
+        )
+    print(text, file=sys.stderr, flush=True)
 
 
 def check_secrets(path: str) -> Path:

@@ -9,5 +9,9 @@ class CloudError(TpuError):
     """gcloud, or a worker, refused. `python -m tpu` exits with 1."""
 
 
+class NotMounted(CloudError):
+    """A worker could not mount the run's bucket."""
+
+
 class NotFound(CloudError):
     """The resource does not exist (any more)."""

@@ -42,14 +42,14 @@ class Gcloud:
     def show(self, words: list[str], stdin: str = "") -> None:
         print(shlex.join(words) + stdin)
 
-    def read(self, *arguments: str) -> Any:
+    def read(self, *arguments: str, zonal: bool = True) -> Any:
         """What a command that changes nothing answers, from JSON; None on a dry run.
 
         Raises:
           NotFound: there is no such thing.
           CloudError: it failed otherwise.
         """
-        words = self.words(*arguments, "--format=json")
+        words = self.words(*arguments, "--format=json", zonal=zonal)
         if self.dry_run:
             return self.show(words)
         output = self._capture(words, self.patience)

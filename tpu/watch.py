@@ -14,16 +14,27 @@ import time
 from collections.abc import Callable
 
 from tpu import slices, work, workers
-from tpu.errors import CloudError, NotFound
+from tpu.errors import CloudError, NotFound, NotMounted
 from tpu.gcloud import Gcloud
 from tpu.slices import CHIP_MINUTES, PREEMPTIONS, Slice
 from tpu.workers import Job
 
+ATTEMPTS = 5
+
 
 class Watch:
-    def __init__(self, gcloud: Gcloud, name: str, job: Job, libtpu_flags: bool, delete_when_done: bool):
+    def __init__(
+        self,
+        gcloud: Gcloud,
+        name: str,
+        job: Job,
+        libtpu_flags: bool,
+        delete_when_done: bool,
+        install_gcsfuse: bool = False,
+    ):
         self.gcloud, self.name, self.job = gcloud, name, job
         self.libtpu_flags, self.delete_when_done = libtpu_flags, delete_when_done
+        self.install_gcsfuse = install_gcsfuse
         self.head = workers.commit()  # every life runs the same code
         self.lost: Slice | None = None
         """Deleted by us, and not yet there again."""
@@ -33,14 +44,21 @@ class Watch:
         """Its VMs are new: nothing is set up there."""
         self.seen: tuple[Slice, datetime.datetime] | None = None
         """The slice and the time when it was last seen ready."""
+        self.unmounted = 0
+        """Launches in a row that failed for the bucket."""
         self._last = ""
 
     def run(self, every: float, sleep: Callable[[float], None] = time.sleep) -> int:
-        """Returns 0 when the run has finished or was stopped with `stop`, 1 when it failed."""
+        """Returns 0 when the run has finished or was stopped with `stop`, 1 when it failed.
+
+        Raises:
+          NotFound: the slice was deleted by hand.
+          NotMounted: the run's bucket, five times in a row.
+        """
         if self.gcloud.dry_run:
             print("# wherever nothing runs yet; a slice that is gone is deleted and created again first")
             found = slices.find(self.gcloud, self.name)
-            workers.set_up(self.gcloud, found, self.head)
+            workers.set_up(self.gcloud, found, self.head, install_gcsfuse=self.install_gcsfuse)
             workers.start(self.gcloud, found, self.job)
             return 0
         while True:
@@ -48,6 +66,11 @@ class Watch:
                 done = self.step()
             except NotFound as error:
                 if self.lost is None:  # deleted by hand: not to be brought back
+                    raise
+                done = self.say(f"{error} (trying again)")
+            except NotMounted as error:
+                self.unmounted += 1
+                if self.unmounted == ATTEMPTS:  # no network's fault, and the slice costs
                     raise
                 done = self.say(f"{error} (trying again)")
             except CloudError as error:  # the network, capacity, a worker that is just booting
@@ -83,12 +106,12 @@ class Watch:
             self.say("the run was stopped by hand")
             return 0
         if "absent" in states:
-            workers.set_up(self.gcloud, found, self.head)
+            workers.set_up(self.gcloud, found, self.head, install_gcsfuse=self.install_gcsfuse)
             self.fresh = False
         elif states & {"running", "pausing"}:  # some of its supervisors are gone: all begin together again
             workers.on_workers(self.gcloud, found, workers.stop_command(), "stop")
         workers.start(self.gcloud, found, work.with_flags(self.job, found, self.libtpu_flags))
-        self.launched = True
+        self.launched, self.unmounted = True, 0
         return self.say("launched")
 
     def finish(self, found: Slice) -> int:

@@ -22,9 +22,9 @@ def ready(gcloud: Gcloud, name: str) -> Slice:
     return found
 
 
-def setup(gcloud: Gcloud, name: str, hugepages: bool) -> None:
+def setup(gcloud: Gcloud, name: str, hugepages: bool, install_gcsfuse: bool) -> None:
     head = workers.commit()
-    workers.set_up(gcloud, ready(gcloud, name), head, hugepages)
+    workers.set_up(gcloud, ready(gcloud, name), head, hugepages, install_gcsfuse)
 
 
 def job(gcloud: Gcloud, run: str, run_dir: str, overrides: Sequence[str], secrets: str) -> Job:

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tpu import STATUS_MARK, slices
+from tpu import STATUS_MARK, buckets, slices
 from tpu.checks import REPOSITORY
-from tpu.errors import CloudError, TpuError
+from tpu.errors import CloudError, NotMounted, TpuError
 from tpu.gcloud import Gcloud
 from tpu.slices import Slice
 
@@ -77,7 +77,7 @@ def _git(repository: Path, *words: str) -> str:
     return done.stdout.strip()
 
 
-def set_up(gcloud: Gcloud, found: Slice, head: str, hugepages: bool = False) -> None:
+def set_up(gcloud: Gcloud, found: Slice, head: str, hugepages: bool = False, install_gcsfuse: bool = False) -> None:
     """Ships the commit and installs what uv.lock pins, for the user alone."""
     folder = f"engram_jax-{head[:12]}"
     with tempfile.TemporaryDirectory() as temporary:
@@ -89,10 +89,10 @@ def set_up(gcloud: Gcloud, found: Slice, head: str, hugepages: bool = False) -> 
         else:
             subprocess.run(pack, check=True)
         send(gcloud, found, archive, f"{folder}.tar.gz")
-    on_workers(gcloud, found, set_up_command(folder, hugepages), "set-up")
+    on_workers(gcloud, found, set_up_command(folder, hugepages, install_gcsfuse), "set-up")
 
 
-def set_up_command(folder: str, hugepages: bool) -> str:
+def set_up_command(folder: str, hugepages: bool, install_gcsfuse: bool = False) -> str:
     uv = '"$HOME"/.local/bin/uv'
     lines = [
         "set -eu; umask 077",
@@ -104,13 +104,22 @@ def set_up_command(folder: str, hugepages: bool) -> str:
         f'ln -sfn {folder} "$HOME"/engram_jax',
         f'{PYTHON} -c \'import jax, socket; print("set up:", socket.gethostname(), "jax", jax.__version__)\'',
     ]
-    if hugepages:  # the only line that needs root
+    # What follows is all that may need root.
+    lines += buckets.install_lines(install_gcsfuse)
+    if hugepages:
         lines.append("sudo sh -c 'echo always > /sys/kernel/mm/transparent_hugepage/enabled'")
     return "\n".join(lines)
 
 
 def start(gcloud: Gcloud, found: Slice, job: Job) -> None:
-    """Starts the job under a supervisor on every worker, and returns when all of them have taken it on."""
+    """Starts the job under a supervisor on every worker, and returns when all of them have taken it on.
+
+    Raises:
+      NotMounted: the bucket of its run folder; then nothing was started anywhere.
+      CloudError: a worker refused.
+    """
+    if bucket := buckets.bucket_of(job.run_dir):
+        mount(gcloud, found, bucket)
     if job.secrets:
         # The folder is closed to others before the file arrives, so the file is never open to them.
         on_workers(gcloud, found, 'mkdir -p -m 700 "$HOME"/.engram_jax && chmod 700 "$HOME"/.engram_jax', "launch")
@@ -118,11 +127,20 @@ def start(gcloud: Gcloud, found: Slice, job: Job) -> None:
     on_workers(gcloud, found, start_command(job), "launch")
 
 
+def mount(gcloud: Gcloud, found: Slice, bucket: str) -> None:
+    """Mounts the bucket on all workers, for they are to begin together."""
+    try:
+        on_workers(gcloud, found, buckets.mount_command(bucket), f"mounting gs://{bucket}")
+    except CloudError as error:
+        raise NotMounted(str(error)) from None
+
+
 def start_command(job: Job) -> str:
-    child = [PYTHON, "-m", "tpu.child", job.run, "--run_dir", job.run_dir, *job.overrides]
-    words = [PYTHON, "-m", "tpu.supervise", "--run-dir", job.run_dir, "--", *child]
+    """The supervisor gets the folder's address, for its status, the run what is mounted there."""
+    child = f"{PYTHON} -m tpu.child {shlex.quote(job.run)} --run_dir {buckets.on_worker(job.run_dir)}"
+    supervisor = f"{PYTHON} -m tpu.supervise --run-dir {shlex.quote(job.run_dir)} --"
     flags = f"LIBTPU_INIT_ARGS={shlex.quote(job.libtpu_flags)} " if job.libtpu_flags else ""
-    return f"{HERE} && {flags}{shlex.join(words)}"
+    return f"{HERE} && {flags}{supervisor} {child} {shlex.join(job.overrides)}".rstrip(" ")
 
 
 def stop_command() -> str:
@@ -157,7 +175,8 @@ def statuses(gcloud: Gcloud, found: Slice) -> list[dict[str, Any]]:
 
 
 def tensorboard_command(run_dir: str, port: int) -> str:
-    # In an environment of its own: the training's stays as uv.lock has it. gcsfs reads gs:// folders.
+    # In an environment of its own: the training's stays as uv.lock has it. gcsfs reads gs:// folders, but a file that
+    # the run still has open is in the bucket only once it is closed; where the bucket is mounted it is seen at once.
     words = [
         "tool",
         "run",
@@ -169,8 +188,9 @@ def tensorboard_command(run_dir: str, port: int) -> str:
         "setuptools<81",
         "tensorboard",
     ]
-    words += ["--logdir", run_dir, "--host", "localhost", "--port", str(port)]
-    return f'"$HOME"/.local/bin/uv {shlex.join(words)}'
+    words += ["--host", "localhost", "--port", str(port)]
+    where = f'at={buckets.on_worker(run_dir)}; test -d "$at" || at={shlex.quote(run_dir)}'
+    return f'{where}; "$HOME"/.local/bin/uv {shlex.join(words)} --logdir "$at"'
 
 
 def profile_command(seconds: int) -> str:

@@ -73,6 +73,8 @@ def test_create(cloud, options, call):
         (["mine", "--type", "v5e-8", "--service-account", "me"], "--service-account 'me'"),
         (["mine", "--type", "v5e-8", "--run-dir", "gs://B"], "gs://BUCKET/FOLDER"),
         (["mine", "--type", "v5e-8", "--run-dir", "gs://bucket/a*"], "no *"),
+        (["mine", "--type", "v5e-8", "--run-dir", "gs://bucket/a/../../b"], "no //"),
+        (["mine", "--type", "v5e-8", "--run-dir", "gs://bucket//a"], "no //"),
         (["mine", "--type", "v5e-8", "--run-dir", "runs/x"], "absolute path"),
         (["mine", "--type", "v5e-8", "--", "--spot"], "takes nothing behind --"),
     ],
@@ -93,7 +95,38 @@ def test_a_bucket_that_cannot_be_written_is_found_before_anything_is_created(clo
 
 def test_a_bucket_is_left_as_it_was(cloud):
     assert cloud.run("create", "mine", "--type", "v5e-8", "--run-dir", "gs://bucket/run")[0] == 0
-    assert [call[:2] for call in cloud.calls] == [["storage", "cp"], ["storage", "rm"], ["compute", "tpus"]]
+    assert [call[:2] for call in cloud.calls] == [
+        *[["storage", "cp"], ["storage", "rm"], ["storage", "buckets"], ["compute", "tpus"]]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"stdout": '{"name": "bucket", "hierarchicalNamespace": {"enabled": true}}'}, None),
+        ({"stdout": '{"name": "bucket", "hierarchicalNamespace": {"enabled": false}}'}, "not atomic"),
+        ({"stdout": '{"name": "bucket", "hierarchicalNamespace": null}'}, "not atomic"),
+        ({"stdout": '{"name": "bucket"}'}, "not atomic"),
+        ({"stdout": "[]"}, "could not be seen"),
+        ({"stdout": "what?"}, "could not be seen"),
+        ({"rc": 1, "stderr": "ERROR: 403 me@x.org does not have storage.buckets.get access"}, "could not be seen"),
+    ],
+)
+def test_a_bucket_whose_folders_are_none_is_warned_of_and_taken(cloud, answer, message):
+    cloud.on("storage buckets describe", **answer)
+    status, _, error = cloud.run("create", "mine", "--type", "v5e-8", "--run-dir", "gs://bucket/run", *WHERE)
+    assert status == 0
+    lines = [line for line in error.splitlines() if "hierarchical namespace" in line]
+    assert len(lines) == (message is not None) and all("gs://bucket" in line and message in line for line in lines)
+    (call,) = cloud.called("describe")
+    assert call[2:] == ["describe", "gs://bucket", "--raw", "--format=json", "--project=my-project"]
+
+
+def test_a_bucket_that_does_not_exist_is_answered_with_how_to_make_it(cloud):
+    cloud.on("storage cp", rc=1, stderr="ERROR: gs://bucket not found: 404.")
+    status, _, error = cloud.run("create", "mine", "--type", "v5e-8", "--run-dir", "gs://bucket/run", *WHERE)
+    command = "storage buckets create gs://bucket --uniform-bucket-level-access --enable-hierarchical-namespace"
+    assert status == 2 and f"{command} --location=us-west4)" in error
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """setup, launch, stop, logs, ssh, tunnel, profile: what reaches the workers' shells, and what they do with it."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def test_what_the_user_writes_reaches_the_run_unchanged(cloud, trusting):
     python = ".venv/bin/python"
     assert json.loads((home / "engram_jax" / "argv.json").read_text()) == [
         *["-m", "tpu.supervise", "--run-dir", RUN_DIR, "--", python, "-m", "tpu.child"],
-        *["engram_small", "--run_dir", RUN_DIR, *AWKWARD],
+        *["engram_small", "--run_dir", f"{home}/buckets/bucket/a 'run'; here", *AWKWARD],
     ]
 
 
@@ -159,16 +160,28 @@ def test_set_up_ships_the_commit_and_installs_the_lock_file(cloud):
     assert (cloud.home / "engram_jax").resolve().name == f"engram_jax-{head[:12]}"
     assert (cloud.home / "engram_jax" / "uv.lock").exists()
     assert (cloud.home / "uv.log").read_text().splitlines() == ["uv --version", "uv sync --frozen --extra tpu"]
-    assert "set up" in output and "sudo" not in str(cloud.calls)
+    assert "set up" in output and cloud.worker_calls == []
     assert [path.name for path in cloud.home.iterdir() if path.suffix == ".gz"] == []
     cloud.run("setup", "mine", "--dry-run", "--hugepages")
     assert cloud.run("setup", "mine")[0] == 0  # again, over what is there
 
 
-def test_set_up_asks_for_root_only_when_told_to():
-    assert "sudo" not in workers.set_up_command("x", hugepages=False)
-    assert workers.set_up_command("x", hugepages=True).count("sudo") == 1
-    assert "apt" not in workers.set_up_command("x", hugepages=True)
+def test_set_up_asks_for_root_only_when_told_to(cloud):
+    def as_root(**flags: bool) -> list[str]:
+        """What a worker on which nothing else is to be done does."""
+        lines = workers.set_up_command("x", **flags).partition("jax.__version__)'\n")[2]
+        assert subprocess.run(["sh", "-euc", lines]).returncode == 0
+        calls = [call for call in cloud.worker_calls if call.startswith("sudo")]
+        (cloud.folder / "worker.log").unlink(missing_ok=True)
+        return calls
+
+    cloud.lacks_gcsfuse()
+    assert as_root(hugepages=False) == []
+    assert [call.split()[1] for call in as_root(hugepages=True)] == ["sh"]
+    assert [call.split()[1] for call in as_root(hugepages=False, install_gcsfuse=True)] == [
+        *["tee", "tee", "apt-get", "apt-get"]
+    ]
+    assert as_root(hugepages=False, install_gcsfuse=True) == []  # it is there
 
 
 def test_ssh_and_tunnel(cloud):
@@ -179,7 +192,20 @@ def test_ssh_and_tunnel(cloud):
     cloud.run("tunnel", "mine", "--run-dir", RUN_DIR, "--port", "7007", "--zone", "z")
     *_, command, terminal, forward, zone = cloud.calls[-1]
     assert (terminal, forward, zone) == ("--ssh-flag=-t -t", "--ssh-flag=-L 7007:localhost:7007", "--zone=z")
-    assert RUN_DIR in shlex.split(command.removeprefix("--command="))
+    command = command.removeprefix("--command=")
+    uv = cloud.home / ".local" / "bin" / "uv"
+    uv.parent.mkdir(parents=True)
+    uv.write_text('#!/bin/sh\nfor word; do :; done; echo "$word"\n')
+    uv.chmod(0o755)
+
+    def read() -> str:
+        environment = {**os.environ, "HOME": str(cloud.home)}
+        return subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True).stdout.strip()
+
+    assert read() == RUN_DIR
+    mounted = cloud.home / "buckets" / RUN_DIR.removeprefix("gs://")
+    mounted.mkdir(parents=True)
+    assert read() == str(mounted)  # which has what the run has not closed yet
 
 
 def test_profile_copies_the_trace_here(cloud, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ class Cloud:
         self.folder, self.home, self._output = folder, folder / "home", run
         self.home.mkdir()
         (folder / "rules.json").write_text("[]")
+        (folder / "mounts").touch()
 
     def on(self, match: str, **answer: Any) -> None:
         rules = json.loads((self.folder / "rules.json").read_text())
@@ -28,6 +29,28 @@ class Cloud:
     def called(self, *words: str) -> list[list[str]]:
         """The calls in which all of these occur."""
         return [call for call in self.calls if set(words) <= set(call)]
+
+    @property
+    def worker_calls(self) -> list[str]:
+        """How gcsfuse, fusermount, ... were called on the worker."""
+        file = self.folder / "worker.log"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def lacks_gcsfuse(self) -> None:
+        """On the worker; sudo apt-get install brings it."""
+        (self.folder / "bin" / "gcsfuse").rename(self.folder / "gcsfuse")
+
+    def loses_its_mount(self, bucket: str) -> None:
+        """Its gcsfuse dies: the mount point is there and cannot be looked at."""
+        at = self.home / "buckets" / bucket
+        at.unlink()
+        at.symlink_to("/nowhere")
+
+    def is_recreated(self) -> None:
+        """The VM comes back with an empty disk."""
+        for path in sorted(self.home.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+        (self.folder / "mounts").write_text("")
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         """Status, standard output and error of python -m tpu."""
