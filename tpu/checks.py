@@ -97,8 +97,8 @@ def _warn_without_folders(gcloud: Gcloud, bucket: str) -> None:
         text = (
             f"warning: gs://{bucket} has no hierarchical namespace. A checkpoint becomes whole by renaming its folder; "
             "there that is many copies, slow and not atomic: cut short it leaves a part of one, and gcsfuse may refuse "
-            "it. Buckets get the namespace at their creation only: gcloud storage buckets create --enable-hierarchical-namespace "
-            "--uniform-bucket-level-access"
+            "it. Buckets get the namespace at their creation only: gcloud storage buckets create "
+            "--enable-hierarchical-namespace --uniform-bucket-level-access"
         )
     print(text, file=sys.stderr, flush=True)
 
