@@ -263,7 +263,8 @@ class MoE(nnx.Module):
             name = "blocked" if platform() == "cpu" else "ragged"
         form, factor = FORMS[name], self.config.capacity_factor
         mesh = jax.sharding.get_abstract_mesh()
-        transport, axes = default_transport(platform()), mesh.axis_names
+        kind = "" if mesh.empty else mesh.abstract_device.device_kind
+        transport, axes = default_transport(kind, mesh.size), mesh.axis_names
 
         def local(x_BTD, ids_BTK, weights_BTK, *experts):
             x_ND, ids_NK, weights_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, weights_BTK))

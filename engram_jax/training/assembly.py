@@ -100,7 +100,9 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, devices: Sequence[Any] | N
         shards=mesh.size,
         init_std=config.model.initializer_range,
         row_dtype=config.memory.row_dtype,
-        transport=default_transport(platform) if config.memory.transport == "auto" else config.memory.transport,
+        transport=default_transport(mesh.devices.flat[0].device_kind, mesh.size)
+        if config.memory.transport == "auto"
+        else config.memory.transport,
         seed=config.train.seed,
     )
     schedule = learning_rate(optimizer, config.train.steps)
@@ -150,8 +152,8 @@ def _mesh(config: RunConfig, devices: Sequence[Any] | None) -> Mesh:
     reach = max(engram.engram_kernel_size - 1, 0) * engram.engram_max_ngram_size if engram.enabled else 0
     require(
         config.data.seq_len // train.mesh_context >= reach,
-        f"data.seq_len={config.data.seq_len} over train.mesh_context={train.mesh_context} leaves pieces shorter than the "
-        f"{reach} positions that the short convolution looks back: lower mesh_context.",
+        f"data.seq_len={config.data.seq_len} over train.mesh_context={train.mesh_context} leaves pieces shorter than "
+        f"the {reach} positions that the short convolution looks back: lower mesh_context.",
     )
     require(
         train.mesh_expert == 1 or moe.enabled,

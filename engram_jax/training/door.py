@@ -18,7 +18,7 @@ import jax
 from engram_jax.config import ConfigError
 from engram_jax.training.distributed import agree, exchange, is_first
 
-LOCK = "run.lock"
+LOCK, KEY = "run.lock", "run.key"
 PATIENCE = {"this host": 5, "another host": 120}
 """Seconds for the owner of a folder to go: it may be ending just now, or a file server has yet to notice its end."""
 
@@ -63,8 +63,9 @@ def folder_of_one_run(run_dir: Path, log: Callable[[str], None] = print) -> Iter
 def _remove_if_nothing_came_of_it(run_dir: Path) -> None:
     """A mistake in the settings leaves no folder behind."""
     with contextlib.suppress(OSError):  # another process may have done it
-        if os.listdir(run_dir) == [LOCK]:
-            (run_dir / LOCK).unlink()
+        if set(os.listdir(run_dir)) <= {LOCK, KEY}:
+            for name in (LOCK, KEY):
+                (run_dir / name).unlink(missing_ok=True)
         run_dir.rmdir()
 
 
@@ -72,7 +73,7 @@ def _check_shared(run_dir: Path, key: str) -> None:
     """Every process must find the key that the first one wrote; else their checkpoints would be parts of nothing."""
     key = exchange(key)[0]
     tries = 0
-    while not is_first() and _owner(run_dir / LOCK).get("key") != key and tries < 10:  # file servers may lag
+    while not is_first() and _read(run_dir / KEY) != key and tries < 10:  # file servers may lag
         time.sleep(1)
         tries += 1
     problem = f"--run_dir {run_dir} is not the folder that process 0 has: give one that all processes share."
@@ -107,8 +108,9 @@ def _lock(path: Path, files: contextlib.ExitStack, log: Callable[[str], None]) -
             waited += 1
     key = secrets.token_hex(8)
     file.truncate(0)
-    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "key": key}) + "\n")
+    file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}) + "\n")
     file.flush()
+    (path.parent / KEY).write_text(key)  # closed at once: a mounted bucket shows others no file that is still open
     return key
 
 
@@ -117,3 +119,10 @@ def _owner(path: Path) -> dict:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

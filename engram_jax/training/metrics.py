@@ -16,27 +16,25 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool, writes: bool = True):
-        self._file = self._board = None
+        self._path = self._board = None
         if not writes:
             return
-        path = run_dir / "metrics.jsonl"
+        self._path = path = run_dir / "metrics.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(path)
-        self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        if self._file:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._path:
+            with self._path.open("a") as file:  # closed at once: mounted buckets lose what a lost machine had open
+                file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        if self._file:
-            self._file.close()
         if self._board:
             self._board.close()
 
