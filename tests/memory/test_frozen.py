@@ -41,10 +41,10 @@ def tokens(mesh, seed):
 @pytest.mark.parametrize(
     ("shape", "placement"),
     [
-        (None, DevicePlacement()),
+        pytest.param(None, DevicePlacement(), marks=pytest.mark.slow),
         (None, DevicePlacement(as_records=True)),
         (None, HostPlacement()),
-        (None, NumpyPlacement()),
+        pytest.param(None, NumpyPlacement(), marks=pytest.mark.slow),
         pytest.param((2, 4), DevicePlacement(), marks=pytest.mark.slow),
     ],
     ids=str,

@@ -108,6 +108,7 @@ def docstrings():
     return np.array([rank[word] for word in words], np.int32)
 
 
+@pytest.mark.slow
 def test_on_real_text_few_places_travel_empty(mesh):
     """Rows per device and direction, places of the exchange against rows asked for, with 2.3 million rows a head.
 

@@ -229,24 +229,23 @@ def test_the_balancing_bias_moves_by_its_speed(trainer, make_batch):
     assert (bias_LE > 0).any() and (bias_LE < 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "changes"),
     [
         ({"fsdp": 2, "expert": 2, "tensor": 2}, {}),
-        pytest.param({"fsdp": 2, "context": 2}, {"model__loss_chunk_len": 8}, marks=pytest.mark.slow),
-        pytest.param({"expert": 2, "context": 2}, {"model__remat": "full"}, marks=pytest.mark.slow),
-        pytest.param({"fsdp": 4}, {}, marks=pytest.mark.slow),
-        pytest.param({}, {}, marks=pytest.mark.slow),
+        ({"fsdp": 2, "context": 2}, {"model__loss_chunk_len": 8}),
+        ({"expert": 2, "context": 2}, {"model__remat": "full"}),
+        ({"fsdp": 4}, {}),
+        ({}, {}),
     ],
     ids=str,
 )
 def test_every_mesh_trains_the_same(trainer, make_batch, axes, changes):
     rng = np.random.default_rng()
     batches = [make_batch(rng) for _ in range(10)]
-    single, sharded = (
-        trainer(**CALM),
-        trainer(8, **CALM, **changes, **{f"train__mesh_{axis}": n for axis, n in axes.items()}),
-    )
+    single, on_axes = trainer(**CALM), {f"train__mesh_{axis}": n for axis, n in axes.items()}
+    sharded = trainer(8, **CALM, **changes, **on_axes)
     assert {axis: n for axis, n in sharded.parts.mesh.shape.items() if n > 1 and axis != "data"} == axes
     assert_trees_close(in_logical_order(sharded, sharded.initial), single.initial, rtol=0, atol=0)
     state, history = single.run(batches)

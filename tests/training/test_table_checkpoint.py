@@ -100,6 +100,7 @@ def test_there_and_back_over_other_meshes_keeps_every_bit(optimizer, row_dtype, 
         assert logical_bytes(store, tables) == first
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read from /proc")
 def test_saving_and_restoring_take_little_memory_beside_the_table(tmp_path):
     """A table of 130 MB on one device, in chunks of 4 MB."""
