@@ -1,6 +1,6 @@
 """How a run is laid out on a slice, where its own settings do not say: the mesh's axes, and sequences at a time.
 
-    python -m experiments.run engram_27b --slice v5p-64 ...
+python -m experiments.run engram_27b --slice v5p-64 ...
 """
 
 from __future__ import annotations

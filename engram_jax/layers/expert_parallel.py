@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def exchanged(
         there = places(number)
         arrived_S = jax.lax.all_to_all(there.sizes_S, AXES, 0, 0, tiled=True)
         expert_Q = jax.lax.all_to_all(there.expert_Q, AXES, 0, 0, tiled=True)
-        x_QD = move(spread(x_ND, there.pair_Q, there.place_NK), there.sizes_S, arrived_S, transport)
+        x_QD: Any = move(spread(x_ND, there.pair_Q, there.place_NK), there.sizes_S, arrived_S, transport)
         is_filled_Q1 = (expert_Q < here)[:, None]
         x_QD = jnp.where(is_filled_Q1, x_QD, 0)  # places that did not travel hold anything
         y_QD = form(x_QD, expert_Q[:, None], is_filled_Q1.astype(weights_NK.dtype), *experts)

@@ -7,6 +7,8 @@ Letters: B batch, T query position, S key position, N query head, G key-value he
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -61,7 +63,8 @@ def splash_attention(
         kernel = jax.tree.map(jax.reshard, kernel, kernel_specs)
         # check_vma=False: a Pallas call does not say over which axes its result varies.
         local = jax.shard_map(local, in_specs=(kernel_specs, *specs), out_specs=queries, check_vma=False)
-    return local(kernel, *arrays).swapaxes(1, 2)
+    y_BNTV: Any = local(kernel, *arrays)
+    return y_BNTV.swapaxes(1, 2)
 
 
 def _kernel(length: int, heads: int, context: int, tensor: int, interpret: bool) -> splash.SplashAttentionKernel:

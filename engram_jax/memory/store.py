@@ -178,9 +178,9 @@ class MemoryStore:
         if self.config.engram_cross_documents:
             segment_ids_BT = None
         if routing.mesh_axes() == MESH_AXES:  # windows reach back, so a device needs whole sequences: 4 bytes a token
-            token_ids_BT, segment_ids_BT = (
-                x if x is None else jax.reshard(x, spec("batch", None)) for x in (token_ids_BT, segment_ids_BT)
-            )
+            token_ids_BT = jax.reshard(token_ids_BT, spec("batch", None))
+            if segment_ids_BT is not None:
+                segment_ids_BT = jax.reshard(segment_ids_BT, spec("batch", None))
         canonical_BT = canonicalize(self.token_map, token_ids_BT)
         ids = {la: ngram_row_ids(self.constants, int(la), canonical_BT, segment_ids_BT) for la in self.layers}
         return self.plan_ids(ids, capacities)
