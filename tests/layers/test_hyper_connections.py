@@ -5,12 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from engram_jax.config import ConfigError
 from engram_jax.layers.hyper_connections import HyperConnection, read_streams, sinkhorn, write_streams
-from engram_jax.sharding import BATCH, make_mesh
+from engram_jax.sharding import spec
 
 pytestmark = pytest.mark.newest
 
@@ -128,8 +127,8 @@ def test_one_stream_is_refused():
         make(streams=1)
 
 
-def test_a_2x4_mesh_gives_the_single_device_output_and_gradients():
-    x = jax.random.normal(jax.random.key(1), (8, 5, 4, 12))
+def test_a_mesh_gives_the_single_device_output_and_gradients(mesh):
+    x = jax.random.normal(jax.random.key(1), (8, 6, 4, 12))
 
     @jax.jit
     def run(layer, x):
@@ -142,9 +141,8 @@ def test_a_2x4_mesh_gives_the_single_device_output_and_gradients():
         return y, nnx.to_pure_dict(nnx.state(grads[0])), grads[1]
 
     expected = run(make(gate=0.5), x)
-    mesh = make_mesh(2, 4)
     with jax.set_mesh(mesh):
-        got = run(make(gate=0.5), jax.device_put(x, jax.NamedSharding(mesh, P(BATCH))))
+        got = run(make(gate=0.5), jax.device_put(x, jax.NamedSharding(mesh, spec("batch", "seq"))))
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(a).max())
 

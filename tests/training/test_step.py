@@ -152,7 +152,7 @@ def dense_gradients(parts, params, table_Rd, buffers, batch):
         hidden_BTD, stats = model.hidden(batch["tokens"], rows, batch["segment_ids"], batch["positions"])
         log_p_BTV = jax.nn.log_softmax(model.logits(hidden_BTD))
         targets_BT = jnp.maximum(batch["targets"], 0)
-        nll_BT = -jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        nll_BT = -jnp.sum(log_p_BTV * jax.nn.one_hot(targets_BT, log_p_BTV.shape[-1]), axis=-1)
         scored_BT = batch["targets"] >= 0
         balance = sum(jnp.sum(stack.seq_aux) for stack in stats.values())
         mean = jnp.sum(nll_BT * scored_BT) / jnp.sum(scored_BT)
