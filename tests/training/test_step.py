@@ -129,7 +129,9 @@ def test_only_the_rows_of_the_batch_are_written(trainer, make_batch):
 
 @pytest.mark.parametrize("accum", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulated_gradients_are_the_batchs(trainer, make_batch, accum):
-    rng = np.random.default_rng()
+    # A fixed draw: in about one of forty, two experts' scores are so near that another order of sums routes a token
+    # otherwise (2 of 90 draws; the first fourteen seeds are free of it).
+    rng = np.random.default_rng(0)
     batches = [make_batch(rng) for _ in range(3)]
     for batch in batches:
         batch["targets"][rng.random((8, 32)) < 0.3] = -1  # parts with different numbers of scored tokens
