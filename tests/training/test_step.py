@@ -244,7 +244,7 @@ def test_the_balancing_bias_moves_by_its_speed(trainer, make_batch):
     ids=str,
 )
 def test_every_mesh_trains_the_same(trainer, make_batch, axes, changes):
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(0)  # fixed, for the reason above
     batches = [make_batch(rng) for _ in range(10)]
     single, on_axes = trainer(**CALM), {f"train__mesh_{axis}": n for axis, n in axes.items()}
     sharded = trainer(8, **CALM, **changes, **on_axes)
