@@ -13,13 +13,13 @@ import shlex
 # what names of objects suggest, and are renamed object by object, which gcsfuse otherwise refuses.
 FLAGS = "--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 --implicit-dirs --rename-dir-limit=200000"
 
-# Google's own steps, https://cloud.google.com/storage/docs/cloud-storage-fuse/install.
-APT, KEY = "https://packages.cloud.google.com/apt", "/usr/share/keyrings/cloud.google.asc"
+# From the repositories that the image has. One without gcsfuse's needs Google's steps first, which the page has.
+PAGE = "https://cloud.google.com/storage/docs/cloud-storage-fuse/install"
 INSTALL = f"""\
-curl -fsSL {APT}/doc/apt-key.gpg | sudo tee {KEY} > /dev/null
-echo "deb [signed-by={KEY}] {APT} gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list
 sudo apt-get update
-sudo apt-get -o DPkg::Lock::Timeout=600 install -y gcsfuse"""
+sudo apt-get -o DPkg::Lock::Timeout=600 install -y gcsfuse || {{
+echo "error: apt finds no gcsfuse here; add its repository as {PAGE} says, then set up again" >&2; exit 1
+}}"""
 FLAG = "--install-gcsfuse"
 
 
@@ -63,7 +63,7 @@ echo "mounted gs://{bucket} at $at on $(hostname)\""""
 
 def install_lines(install: bool) -> list[str]:
     """Of set-up: installs gcsfuse where it is missing, or says how to."""
-    if install:  # the umask: apt reads the key as a user of its own
-        return [f"command -v gcsfuse > /dev/null || (\numask 022\n{INSTALL}\n)"]
-    note = f"note: gcsfuse is missing; a --run-dir in a bucket needs it. setup {FLAG} installs it, by\n{INSTALL}"
+    if install:
+        return [f"command -v gcsfuse > /dev/null || (\n{INSTALL}\n)"]
+    note = f"note: gcsfuse is missing; a --run-dir in a bucket needs it. setup {FLAG} installs it with apt; see {PAGE}"
     return [f"command -v gcsfuse > /dev/null || echo {shlex.quote(note)} >&2"]
