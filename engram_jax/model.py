@@ -201,8 +201,7 @@ class Model(nnx.Module):
         share, parts_BCP = -(-chunk // num_pieces), []
         for i in range(0, targets_BCP.shape[2], share):
             part = targets_BCP[:, :, i : i + share]
-            flat = (x.reshape(len(x), -1, *x.shape[3:]) for x in (hidden_BCPD[:, :, i : i + share], part))
-            hidden, targets = flat
+            hidden, targets = (x.reshape(len(x), -1, *x.shape[3:]) for x in (hidden_BCPD[:, :, i : i + share], part))
             parts_BCP.append(losses(hidden, self.output_head, targets).reshape(part.shape))
         return jnp.concatenate(parts_BCP, axis=2).reshape(targets_BT.shape)
 
