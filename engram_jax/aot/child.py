@@ -6,6 +6,7 @@ python -m engram_jax.aot.child     config, topology and programs as JSON on stdi
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -76,9 +77,7 @@ def _last_words(error: str, status: int, stderr: str) -> str:
 
 
 def _child(ordered: dict[str, Any]) -> dict[str, Any]:
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("libtpu") is None:
         return {"config_error": "compiling for TPUs needs libtpu: install the extra tpu (uv run --extra tpu ...)."}
     import jax
     from jax.experimental import topologies
