@@ -103,6 +103,48 @@ class EngramConfig:
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """A longer context than the model was trained at, by stretched rotations (YaRN; layers/rope.py has the equations).
+
+    Names are DeepSeek's `rope_scaling` fields, values the Engram paper's long-context stage (paper.md 3.2) but for
+    `factor`, 10 there.
+    """
+
+    factor: float = 1.0
+    """How many times longer. 1: none of this applies."""
+    beta_fast: float = 32.0
+    """Frequencies that turn at least this often within the original length stay (YaRN's beta)."""
+    beta_slow: float = 1.0
+    """Those that turn at most this often are divided by `factor` (YaRN's alpha); between the two lies a ramp."""
+    mscale: float = 0.707
+    """With `mscale_all_dim`: what the rotated parts of queries and keys are multiplied by, relative to all scores."""
+    mscale_all_dim: float = 0.707
+    """Scores are multiplied by (0.1 * mscale_all_dim * ln(factor) + 1)^2. 0: by 1."""
+    original_max_position_embeddings: int = 4096
+    """The length that the model was trained at before."""
+
+    def __post_init__(self):
+        require(self.factor >= 1, f"yarn.factor={self.factor} must be at least 1 (1: off).")
+        require(
+            self.beta_fast > self.beta_slow > 0,
+            f"yarn.beta_fast={self.beta_fast} must be above yarn.beta_slow={self.beta_slow}, and both positive.",
+        )
+        for name in ("mscale", "mscale_all_dim"):
+            require(getattr(self, name) >= 0, f"yarn.{name}={getattr(self, name)} must be 0 or positive.")
+        length = self.original_max_position_embeddings
+        require(length > 0, f"yarn.original_max_position_embeddings={length} must be positive.")
+
+    @property
+    def enabled(self) -> bool:
+        return self.factor > 1
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Positions that the stretched rotations are meant for."""
+        return int(self.factor * self.original_max_position_embeddings)
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
     kind: Literal["mla", "gqa"] = "mla"
     num_attention_heads: int = 4
@@ -115,10 +157,12 @@ class AttentionConfig:
     kv_lora_rank: int = 512
     """MLA only: width of the compressed key-value latent."""
     rope_theta: float = 10_000.0
+    yarn: YarnConfig = field(default_factory=YarnConfig)
 
     def __post_init__(self):
         _check_literals(self)
         require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim={self.qk_rope_head_dim} must be even.")
+        require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1.")
         require(
             self.kind == "mla" or self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -391,6 +435,12 @@ class RunConfig:
     def __post_init__(self):
         batch, parts = self.data.batch_size, self.train.grad_accum
         require(batch % parts == 0, f"data.batch_size={batch} must be a multiple of train.grad_accum={parts}.")
+        yarn, length = self.model.attention.yarn, self.data.seq_len
+        require(
+            not yarn.enabled or length <= yarn.max_position_embeddings,
+            f"data.seq_len={length} lies beyond model.attention.yarn.factor={yarn.factor:g} times "
+            f"yarn.original_max_position_embeddings={yarn.original_max_position_embeddings}: raise the factor.",
+        )
 
 
 def replace(config: T, **changes: Any) -> T:

@@ -15,6 +15,7 @@ from engram_jax.config import (
     OptimizerConfig,
     RunConfig,
     TrainConfig,
+    YarnConfig,
     differences,
     from_dict,
     replace,
@@ -22,6 +23,7 @@ from engram_jax.config import (
 )
 
 ENGRAM = EngramConfig(engram_layer_ids=(1,), engram_vocab_size=(10, 20))
+STRETCHED = YarnConfig(factor=2.0, original_max_position_embeddings=100)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,12 @@ ENGRAM = EngramConfig(engram_layer_ids=(1,), engram_vocab_size=(10, 20))
         (lambda: EngramConfig(engram_kernel_size=-1), "engram_kernel_size", "-1"),
         (lambda: AttentionConfig(kind="mha"), "kind", "'gqa'"),  # type: ignore[arg-type]
         (lambda: AttentionConfig(qk_rope_head_dim=7), "qk_rope_head_dim", "7"),
+        (lambda: AttentionConfig(rope_theta=1.0), "rope_theta", "1.0"),
+        (lambda: YarnConfig(factor=0.5), "yarn.factor", "0.5"),
+        (lambda: YarnConfig(beta_fast=1.0), "yarn.beta_fast", "yarn.beta_slow=1.0"),
+        (lambda: YarnConfig(mscale=-1.0), "yarn.mscale", "-1.0"),
+        (lambda: YarnConfig(original_max_position_embeddings=0), "yarn.original_max_position_embeddings", "0"),
+        (lambda: replace(RunConfig(), model__attention__yarn=STRETCHED), "data.seq_len=256", "yarn.factor=2"),
         (lambda: AttentionConfig("gqa", 4, num_key_value_heads=3), "num_attention_heads", "num_key_value_heads=3"),
         (lambda: MoEConfig(n_routed_experts=4, num_experts_per_tok=5), "num_experts_per_tok", "n_routed_experts=4"),
         (lambda: MoEConfig(scoring_func="relu"), "scoring_func", "'softmax'"),  # type: ignore[arg-type]

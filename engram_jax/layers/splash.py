@@ -27,9 +27,10 @@ def splash_attention(
     k_BSGH: jax.Array,
     v_BSGV: jax.Array,
     segment_ids_BT: jax.Array | None,
+    scale: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """softmax(q k / sqrt(H)) v -> y_BTNV in `q.dtype`, causal and within segments; S = T.
+    """softmax(scale q k) v -> y_BTNV in `q.dtype`, causal and within segments; S = T. scale: 1/sqrt(H) if None.
 
     Under a mesh, heads may be cut over `tensor` and the positions of q over `context`; k and v have all positions.
     `interpret`: without a TPU, slowly.
@@ -46,7 +47,7 @@ def splash_attention(
         "needs: choose such a length.",
     )
     kernel = _kernel(length, heads, context, tensor, interpret)
-    q_BNTH = (q_BTNH * q_BTNH.shape[-1] ** -0.5).swapaxes(1, 2)
+    q_BNTH = (q_BTNH * (q_BTNH.shape[-1] ** -0.5 if scale is None else scale)).swapaxes(1, 2)
     k_BGSH, v_BGSV = k_BSGH.swapaxes(1, 2), v_BSGV.swapaxes(1, 2)
 
     def local(kernel, q_BNTH, k_BGSH, v_BGSV, *segments):
