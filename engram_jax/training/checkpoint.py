@@ -20,7 +20,7 @@ from engram_jax.training.assembly import Parts
 from engram_jax.training.distributed import agree, is_first
 from engram_jax.training.errors import RunError
 from engram_jax.training.state import TrainState
-from engram_jax.training.table_checkpoint import RestoreTables, SaveTables
+from engram_jax.training.table_checkpoint import RestoreTables, SaveTables, WriteTables
 
 UNFINISHED = ".orbax-checkpoint-tmp"
 
@@ -64,8 +64,16 @@ class Checkpoints:
         """Steps with a complete checkpoint, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, meta: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        meta: dict[str, Any],
+        write_tables: Callable[[Path], None] | None = None,
+    ) -> None:
         """Writes the tables and starts writing the rest; returns as soon as that is copied.
+
+        `write_tables` writes them into the folder it is given, where the state holds none.
 
         Raises:
           RunError: the disk has less room than the state takes, or the previous write failed.
@@ -76,7 +84,9 @@ class Checkpoints:
         self.check_room(without_tables)
         items = {"state": ocp.args.StandardSave(without_tables), "meta": ocp.args.JsonSave(meta)}
         if self._store.layers:
-            items["tables"] = SaveTables(self._store, self._mesh, state.memory.tables)
+            items["tables"] = (
+                WriteTables(write_tables) if write_tables else SaveTables(self._store, self._mesh, state.memory.tables)
+            )
         try:
             self._manager.save(step, args=ocp.args.Composite(**items))
         except OSError as error:
@@ -100,8 +110,12 @@ class Checkpoints:
         if problem := agree(problem if free < needed else ""):
             raise RunError(problem)
 
-    def restore(self, abstract: TrainState, check: Callable[[dict[str, Any]], None]) -> TrainState | None:
+    def restore(
+        self, abstract: TrainState, check: Callable[[dict[str, Any]], None], tables: bool = True
+    ) -> TrainState | None:
         """The newest state that can be read, or None. `check` sees the meta first and raises if it does not fit.
+
+        Without `tables` they stay in their files (run_folder.tables_of), for whoever reads them row by row.
 
         A checkpoint that cannot be read is named and the one before it is taken.
 
@@ -115,7 +129,7 @@ class Checkpoints:
                 continue
             check(meta["meta"])
             items: dict[str, ocp.args.CheckpointArgs] = {"state": ocp.args.StandardRestore(abstract)}
-            if self._store.layers:
+            if self._store.layers and tables:
                 items["tables"] = RestoreTables(self._store, self._mesh)
             read = self._read(step, problems, **items)
             if read is not None:

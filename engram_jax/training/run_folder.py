@@ -44,8 +44,10 @@ FORMAT = 1
 """Of what a checkpoint holds and means; raised by a change that older code would read wrongly."""
 
 
-def load_run(run_dir: Path, log: Callable[[str], None] = print) -> tuple[TrainState, Parts]:
+def load_run(run_dir: Path, log: Callable[[str], None] = print, tables: bool = True) -> tuple[TrainState, Parts]:
     """A trained run's newest state and parts, without its corpus: for sampling and analysis.
+
+    Without `tables` they stay on the disk, in `tables_of(run_dir, step)`.
 
     Raises:
       RunError: the folder is not a run, or has no checkpoint.
@@ -67,10 +69,15 @@ def load_run(run_dir: Path, log: Callable[[str], None] = print) -> tuple[TrainSt
             _check_format(saved)
             _check_constants(saved, parts)
 
-        state = checkpoints.restore(parts.abstract_state(), can_be_read)
+        state = checkpoints.restore(parts.abstract_state(), can_be_read, tables)
     if state is None:
         raise RunError(f"{run_dir} has no checkpoint yet: let the run reach its first one.")
     return state, parts
+
+
+def tables_of(run_dir: Path, step: int) -> Path:
+    """The folder with one table (memory/table_files.py) per Engram layer of a run's checkpoint."""
+    return run_dir / "checkpoints" / str(step) / "tables"
 
 
 def check(run_dir: Path, config: RunConfig) -> None:

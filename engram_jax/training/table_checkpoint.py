@@ -9,6 +9,7 @@ time, so saving needs the memory of one chunk per shard beside the table, wherev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,8 @@ def _unnamed(fields: dict[str, Any]) -> TableState:
 class TablesHandler(ocp.CheckpointHandler):
     """Gives Orbax's folder for the item to `save_tables`."""
 
-    def save(self, directory: Any, args: SaveTables) -> None:
-        save_tables(Path(directory), args.store, args.mesh, args.tables)
+    def save(self, directory: Any, args: SaveTables | WriteTables) -> None:
+        args.write(Path(directory))
 
     def restore(self, directory: Any, args: RestoreTables) -> dict[str, Table]:
         return restore_tables(Path(directory), args.store, args.mesh)
@@ -127,6 +128,17 @@ class SaveTables(ocp.args.CheckpointArgs):
     store: MemoryStore
     mesh: Mesh
     tables: dict[str, Table]
+
+    def write(self, directory: Path) -> None:
+        save_tables(directory, self.store, self.mesh, self.tables)
+
+
+@ocp.args.register_with_handler(TablesHandler, for_save=True)
+@dataclass
+class WriteTables(ocp.args.CheckpointArgs):
+    """Tables that are in no store: `write` puts them into the folder (interop/runs.py)."""
+
+    write: Callable[[Path], None]
 
 
 @ocp.args.register_with_handler(TablesHandler, for_restore=True)
