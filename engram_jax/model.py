@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from engram_jax.layers.hyper_connections import HyperConnection, read_streams, w
 from engram_jax.layers.moe import Buffer, MoE, MoEStats, updated_bias
 from engram_jax.layers.norm import RMSNorm
 from engram_jax.sharding import in_use, spec
+
+T = TypeVar("T")
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -85,17 +88,26 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTMD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None
     ) -> tuple[jax.Array, MoEStats | None]:
-        def attention(h_BTD):
-            return self.attn(self.attn_norm(h_BTD), positions_BT, segment_ids_BT), None
+        x_BTMD, _ = self.attend(x_BTMD, lambda h_BTD: (self.attn(h_BTD, positions_BT, segment_ids_BT), None))
+        return self.feed_forward(x_BTMD, segment_ids_BT)
 
-        def feed_forward(h_BTD):
+    def attend(self, x_BTMD: jax.Array, attention: Callable[[jax.Array], tuple[jax.Array, T]]) -> tuple[jax.Array, T]:
+        """The first half, with `attention` of normed states [B, T, D], and what else `attention` returns."""
+        with jax.named_scope("attention"):
+            hc = self.attn_hc if self.streams > 1 else None
+            return self._residual(x_BTMD, hc, lambda h_BTD: attention(self.attn_norm(h_BTD)))
+
+    def feed_forward(
+        self, x_BTMD: jax.Array, segment_ids_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEStats | None]:
+        """The second half."""
+
+        def sublayer(h_BTD):
             h_BTD = self.ffn_norm(h_BTD)
             return self.ffn(h_BTD, segment_ids_BT) if isinstance(self.ffn, MoE) else (self.ffn(h_BTD), None)
 
-        with jax.named_scope("attention"):
-            x_BTMD, _ = self._residual(x_BTMD, self.attn_hc if self.streams > 1 else None, attention)
         with jax.named_scope("ffn"):
-            return self._residual(x_BTMD, self.ffn_hc if self.streams > 1 else None, feed_forward)
+            return self._residual(x_BTMD, self.ffn_hc if self.streams > 1 else None, sublayer)
 
     @staticmethod
     def _residual(x_BTMD: jax.Array, hc: HyperConnection | None, sublayer):
@@ -152,12 +164,7 @@ class Model(nnx.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         attend_ids_BT = None if config.attend_across_documents else segment_ids_BT
-        activations = spec("batch", "seq", "act")
-        table_VD = in_use(self.embedding_vd[...], "vocab", "embed", dtype=config.dtype)
-        x_BTD = table_VD.at[tokens_BT].get(out_sharding=activations)
-        # The embedding enters every stream alike, and their mean leaves.
-        x_BTMD = jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], config.hc_mult, x_BTD.shape[-1]))
-        stats = {}
+        x_BTMD, stats = self.embed(tokens_BT), {}
         for segment in segments(config):
             if segment.reads_memory and rows is not None:
                 with jax.named_scope("engram"):
@@ -174,7 +181,17 @@ class Model(nnx.Module):
             x_BTMD, stack_stats = jax.lax.scan(run_block, x_BTMD, self.blocks[segment.name])
             if segment.is_moe:
                 stats[segment.name] = stack_stats
-        return self.final_norm(jnp.mean(x_BTMD, axis=2)), stats
+        return self.final(x_BTMD), stats
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """The streams before the first block, which the embedding enters alike: x_BTMD."""
+        table_VD = in_use(self.embedding_vd[...], "vocab", "embed", dtype=self.config.dtype)
+        x_BTD = table_VD.at[tokens_BT].get(out_sharding=spec("batch", "seq", "act"))
+        return jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], self.config.hc_mult, x_BTD.shape[-1]))
+
+    def final(self, x_BTMD: jax.Array) -> jax.Array:
+        """The normed mean of the streams: [B, T, D]."""
+        return self.final_norm(jnp.mean(x_BTMD, axis=2))
 
     @property
     def output_head(self) -> jax.Array:

@@ -67,6 +67,12 @@ def in_use(weight: jax.Array, *logical_dims: str | None, dtype: Any = None) -> j
     return weight if dims is None else jax.reshard(weight, dims)
 
 
+def placed(x: jax.Array, *logical_dims: str | None) -> jax.Array:
+    """x with its dims cut as these names say; as it is outside a mesh."""
+    dims = spec(*logical_dims)
+    return x if dims is None else jax.reshard(x, dims)
+
+
 def lookups(ndim: int) -> P:
     """Spec of arrays [batch, seq, ...] of which each device holds its own tokens; over one dim on a foreign mesh."""
     axes = jax.sharding.get_abstract_mesh().axis_names

@@ -242,6 +242,12 @@ class EngramReader(nnx.Module):
         self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """The update of the streams and the gates [B, T, M] that made it."""
+        gate_BTM, value_BTD = self.gated_value(x_BTMD, rows_BTHd)
+        segments_BT = None if self.config.engram.engram_cross_documents else segment_ids_BT
+        return self.convolved(gate_BTM, value_BTD, segments_BT).astype(x_BTMD.dtype), gate_BTM
+
+    def gated_value(self, x_BTMD: jax.Array, rows_BTHd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Gates [B, T, M] and the one value of all streams [B, T, D], eqs. 3 to 6."""
         engram, eps, dtype = self.config.engram, self.config.rms_norm_eps, x_BTMD.dtype
         memory_BTE = rows_BTHd.reshape(*rows_BTHd.shape[:2], -1).astype(dtype)
         keys_value_BTMD = jnp.einsum(
@@ -255,9 +261,18 @@ class EngramReader(nnx.Module):
         keys_BTMD, value_BTD = keys_value_BTMD[:, :, :-1], keys_value_BTMD[:, :, -1]
         gain_MD = self.query_norm[...] * self.key_norm[...]
         scores_BTM = gate_scores(x_BTMD, keys_BTMD, gain_MD, eps)
-        gate_BTM = jax.nn.sigmoid(GATES[engram.engram_variant](scores_BTM))
+        return jax.nn.sigmoid(GATES[engram.engram_variant](scores_BTM)), value_BTD
+
+    @property
+    def reach(self) -> int:
+        """How many positions back the convolution looks."""
+        return max(self.kernel_size - 1, 0) * self.config.engram.engram_max_ngram_size
+
+    def convolved(self, gate_BTM: jax.Array, value_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+        """The update of the streams: the gated value, and its short convolution inside segments. [B, T, M, D]."""
         if not self.kernel_size:
-            return (gate_BTM[..., None] * value_BTD[:, :, None, :]).astype(dtype), gate_BTM
+            return gate_BTM[..., None] * value_BTD[:, :, None, :]
+        engram = self.config.engram
         dilation, norm_eps = engram.engram_max_ngram_size, engram.engram_conv_norm_eps
         mesh = jax.sharding.get_abstract_mesh()
         cut = not mesh.empty and mesh.shape.get("context", 1) > 1
@@ -265,15 +280,13 @@ class EngramReader(nnx.Module):
         def conv(gate_BTM, value_BTD, gain_MD, conv_KMD, segments_BT):
             return gated_short_conv(gate_BTM, value_BTD, gain_MD, conv_KMD, segments_BT, dilation, norm_eps, cut)
 
-        segments_BT = None if engram.engram_cross_documents else segment_ids_BT
         arrays = (gate_BTM, value_BTD, self.conv_norm[...], self.conv_kmd[...], segments_BT)
         if cut:
             tokens, whole = spec("batch", "seq", None), spec()
             specs = (tokens, tokens, whole, whole, spec("batch", "seq"))
             arrays = tuple(x if x is None else jax.reshard(x, s) for x, s in zip(arrays, specs, strict=True))
             conv = jax.shard_map(conv, in_specs=specs, out_specs=spec("batch", "seq", None, None), check_vma=False)
-        update_BTMD = conv(*arrays)
-        return update_BTMD.astype(dtype), gate_BTM
+        return conv(*arrays)
 
 
 class RecordingReader(nnx.Module):

@@ -123,7 +123,8 @@ def blocked(x_ND, expert_ids_NK, weights_NK, gate_edf, up_edf, down_efd):
     """
     (N, K), E, D = expert_ids_NK.shape, gate_edf.shape[0], x_ND.shape[1]
     # E blocks are added for the experts' last, partly filled ones: at most 1/8 more rows, down to blocks of 8.
-    block = min(max(N * K // (8 * E), 8), 128)
+    # Decoding has fewer rows than experts: blocks of one row, and none for an expert that nobody chose.
+    block = 1 if N * K <= E else min(max(N * K // (8 * E), 8), 128)
     slots = sort_by_expert(expert_ids_NK, E, block)
     x_SD, weights_S = gather_rows(x_ND, slots.token_S, slots.slot_NK), _to_slots(weights_NK, slots)
     blocks = x_SD.reshape(-1, block, D), weights_S.reshape(-1, block, 1)
