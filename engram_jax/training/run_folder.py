@@ -55,29 +55,32 @@ def load_run(run_dir: Path, log: Callable[[str], None] = print, tables: bool = T
     if not (run_dir / "config.json").exists():
         raise RunError(f"{run_dir} is not a run: it has no config.json. Train one with python -m experiments.run.")
     config = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
-    # Sampling and analysis are whole programs: tables that lie outside would have to be carried in for each of them.
-    inside = {"tiered": "host", "numpy": "host"}.get(config.memory.placement, config.memory.placement)
-    one_device = {f"train__{field.name}": 1 for field in fields(TrainConfig) if field.name.startswith("mesh_")}
-    config = replace(config, **one_device, memory__placement=inside, memory__mmap_dir="")
-    parts = assemble(config, load_tokenizer(run_dir / "tokenizer.json").backend, jax.devices()[:1])
+    parts = assemble(on_one_device(config), load_tokenizer(run_dir / "tokenizer.json").backend, jax.devices()[:1])
     with (
         jax.set_mesh(parts.mesh),
         Checkpoints(run_dir / "checkpoints", config.checkpoint, parts, log, read_only=True) as checkpoints,
     ):
-
-        def can_be_read(saved: dict[str, Any]) -> None:
-            _check_format(saved)
-            _check_constants(saved, parts)
-
-        state = checkpoints.restore(parts.abstract_state(), can_be_read, tables)
+        state = checkpoints.restore(parts.abstract_state(), lambda saved: check_readable(saved, parts), tables)
     if state is None:
         raise RunError(f"{run_dir} has no checkpoint yet: let the run reach its first one.")
     return state, parts
 
 
+def on_one_device(config: RunConfig) -> RunConfig:
+    """The same run for sampling, analysis and interchange, whatever it was trained on."""
+    # These are whole programs: tables that lie outside would have to be carried in for each of them.
+    inside = {"tiered": "host", "numpy": "host"}.get(config.memory.placement, config.memory.placement)
+    axes = {f"train__{field.name}": 1 for field in fields(TrainConfig) if field.name.startswith("mesh_")}
+    return replace(config, **axes, memory__placement=inside, memory__mmap_dir="")
+
+
 def tables_of(run_dir: Path, step: int) -> Path:
     """The folder with one table (memory/table_files.py) per Engram layer of a run's checkpoint."""
     return run_dir / "checkpoints" / str(step) / "tables"
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    return any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("*"))
 
 
 def check(run_dir: Path, config: RunConfig) -> None:
@@ -133,9 +136,20 @@ def _check_constants(saved: dict[str, Any], parts: Parts) -> None:
         )
 
 
+def check_readable(saved: dict[str, Any], parts: Parts) -> None:
+    """Raises `RunError` if a checkpoint's arrays do not mean what `parts` takes them for."""
+    _check_format(saved)
+    _check_constants(saved, parts)
+
+
 def check_meta(saved: dict[str, Any], ours: dict[str, Any], parts: Parts) -> None:
     """Raises `ConfigError` or `RunError` if a checkpoint is not this run's."""
     _check_format(saved)
+    if saved.get("imported_from"):
+        raise RunError(
+            f"This run was imported from {saved['imported_from']}, which holds no optimizer state: it cannot be "
+            "continued, only read. Train on in another --run_dir with train.init_from and this folder."
+        )
     _check_config(parts.config, saved["config"], "The checkpoint belongs to a run")
     for name, what in {"tokenizer_sha256": "tokenizer", "corpus_sha256": "corpus"}.items():
         if saved[name] != ours[name]:
