@@ -27,7 +27,10 @@ from engram_jax.evaluation.statistics import Metric
 if TYPE_CHECKING:
     from engram_jax.evaluation.under_test import UnderTest
 
-MODULES: tuple[str, ...] = ()
+MODULES = (
+    "engram_jax.evaluation.corpus_perplexity",
+    "engram_jax.evaluation.long_ppl",
+)
 """Where tasks are registered, in the order in which --help lists them."""
 
 

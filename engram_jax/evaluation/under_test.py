@@ -8,12 +8,13 @@ Legend: B batch, T seq, D hidden size, V vocabulary, C positions whose logits ex
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,16 @@ import numpy as np
 
 from engram_jax.config import require
 from engram_jax.data.tokenizer import Tokenizer, load_tokenizer
-from engram_jax.inference.sampling import Sampling, generate
+from engram_jax.evaluation.knock_out import parse_scales, scale_memory
+from engram_jax.inference.sampling import Sampling
 from engram_jax.layers.cross_entropy import NO_LOSS
 from engram_jax.training.assembly import Parts
 from engram_jax.training.run_folder import load_run
 from engram_jax.training.state import TrainState
 
 SHORTEST = 64
+LARGEST_BATCH = 32
+"""Sequences decoded together, at most."""
 LOGITS_BYTES = 256 << 20
 """Of logits in memory at a time, at most (one position of a batch is the least)."""
 
@@ -50,19 +54,37 @@ class UnderTest:
     run_dir: Path
     batch_tokens: int = 4096
     """Tokens computed at a time, about: sets the batch size at each length."""
+    memory_scale: Mapping[int, float] = field(default_factory=dict)
+    """By Engram layer, what its rows were multiplied by: already in `state`, said here for the record."""
     log: Callable[[str], None] = print
     _said: set[str] = field(default_factory=set)
+    _engines: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, run_dir: Path, batch_tokens: int = 4096, log: Callable[[str], None] = print) -> UnderTest:
-        """A run's newest checkpoint.
+    def load(
+        cls,
+        run_dir: Path,
+        batch_tokens: int = 4096,
+        memory_scale: Sequence[str] = (),
+        log: Callable[[str], None] = print,
+    ) -> UnderTest:
+        """A run's newest checkpoint, on one device; `memory_scale` as evaluation/knock_out.py reads it.
 
         Raises:
           RunError: the folder is not a run, or has no checkpoint.
+          ConfigError: a scale that makes no sense, or a tokenizer that is not the run's.
         """
         state, parts = load_run(run_dir, log)
-        tokenizer = load_tokenizer(run_dir / "tokenizer.json")
-        return cls(run_dir.resolve().name, parts, state, tokenizer, run_dir, batch_tokens, log)
+        tokenizer, vocab_size = load_tokenizer(run_dir / "tokenizer.json"), parts.config.model.vocab_size
+        require(
+            tokenizer.vocab_size == vocab_size,
+            f"{run_dir / 'tokenizer.json'} has {tokenizer.vocab_size} tokens and the run model.vocab_size="
+            f"{vocab_size}: it is not the tokenizer the run was trained with. Restore that file.",
+        )
+        scales = parse_scales(memory_scale, parts.config.model.engram)
+        with jax.set_mesh(parts.mesh):
+            state = scale_memory(state, scales)
+        return cls(run_dir.resolve().name, parts, state, tokenizer, run_dir, batch_tokens, scales, log)
 
     @property
     def context(self) -> int:
@@ -72,6 +94,14 @@ class UnderTest:
     @property
     def step(self) -> int:
         return int(jax.device_get(self.state.step))
+
+    @property
+    def corpus_sha256(self) -> str:
+        """Of the text the run was trained on, as its result.json says; empty before the run is finished."""
+        try:
+            return json.loads((self.run_dir / "result.json").read_text())["corpus_sha256"]
+        except (OSError, ValueError, KeyError):
+            return ""
 
     def score(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> list[Scored]:
         """Losses of every id but the first of each sequence, given the ids before it; in the order given.
@@ -98,10 +128,22 @@ class UnderTest:
         return [result for result in scored if result is not None]
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
-        """New ids for each prompt (which begins with bos), up to `sampling.max_tokens` or before the first eos."""
+        """New ids for each prompt (which begins with bos), up to `sampling.max_tokens` or before the first eos.
+
+        Raises:
+          ConfigError: a prompt is empty or holds an id outside the vocabulary.
+        """
+        from engram_jax.inference.engine import Engine
+
         for prompt in prompts:
             self._check(prompt)
-        return [list(generate(self.parts, self.state, prompt, sampling, self.tokenizer.eos_id)) for prompt in prompts]
+        longest = max(map(len, prompts), default=1) + sampling.max_tokens
+        length = padded_length(longest)
+        if length not in self._engines:
+            self._engines.clear()  # one cache in memory at a time
+            batch_size = min(LARGEST_BATCH, max(1, self.batch_tokens // length))
+            self._engines[length] = Engine(self.parts, self.state, batch_size, length)
+        return self._engines[length].generate(prompts, sampling, self.tokenizer.eos_id)
 
     def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """`generate` with the most probable id each time."""

@@ -1,0 +1,118 @@
+"""The text an evaluation reads, as documents of token ids: what the run held out, or any other corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from engram_jax.config import ConfigError, DataConfig
+from engram_jax.data.corpora import Corpus, open_corpus
+from engram_jax.data.loader import TextData, load_data
+from engram_jax.data.packing import TokenStream
+from engram_jax.evaluation.tasks import Shared
+from engram_jax.evaluation.under_test import UnderTest
+
+ENCODED_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Iterates over int32 arrays `[bos, ...ids, eos]`."""
+
+    name: str
+    """`held out of python`, or the corpus as given."""
+    model: UnderTest
+    source: TokenStream | Corpus
+    limit: int = 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        documents = self._of_stream() if isinstance(self.source, TokenStream) else self._of_corpus()
+        yield from documents
+
+    def _of_stream(self) -> Iterator[np.ndarray]:
+        """With a limit they lie evenly spread over the split, so that they stand for the whole."""
+        stream = self.source
+        assert isinstance(stream, TokenStream)
+        bounds = np.append(np.asarray(stream.starts), stream.num_tokens)
+        count = min(self.limit or stream.num_documents, stream.num_documents)
+        for number in range(count):
+            index = number * stream.num_documents // count
+            yield np.asarray(stream.tokens[bounds[index] : bounds[index + 1]], np.int32)
+
+    def _of_corpus(self) -> Iterator[np.ndarray]:
+        """With a limit, the first ones."""
+        assert isinstance(self.source, Corpus)
+        tokenizer, texts = self.model.tokenizer, iter(self.source)
+        try:
+            limited = itertools.islice(texts, self.limit or None)
+            while batch := list(itertools.islice(limited, ENCODED_AT_A_TIME)):
+                for ids in tokenizer.encode_batch(batch):
+                    yield np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], np.int32)
+        except ConfigError as error:
+            raise _as_option(error) from error
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """The corpus a run was trained on, opened when it is first asked for."""
+
+    model: UnderTest
+
+    @cached_property
+    def data(self) -> TextData:
+        """Tokenised as for training, from the cache if it is there.
+
+        Raises:
+          ConfigError: the corpus is gone, or it now makes another tokenizer than the run's.
+        """
+        model = self.model
+        config = model.parts.config
+        text = load_data(config.data, config.model.vocab_size, model.log)
+        if text.tokenizer.backend.to_str() != model.tokenizer.backend.to_str():
+            raise ConfigError(
+                f"data.tokenizer={config.data.tokenizer!r}, data.corpus={config.data.corpus!r}: the tokenizer they "
+                f"make today is not the one in {model.run_dir}, because the file or the corpus has changed since. "
+                "Give the text to evaluate on with --corpus: it is read with the run's own tokenizer."
+            )
+        trained_on = model.corpus_sha256
+        if trained_on and trained_on != text.corpus_sha256:
+            model.warn_once(
+                f"data.corpus={config.data.corpus!r} no longer is the text {model.name} was trained on (sha256 "
+                f"{text.corpus_sha256[:12]}, then {trained_on[:12]}): what counts as held out may have been trained on."
+            )
+        return text
+
+
+def open_documents(model: UnderTest, shared: Shared, own: OwnText) -> Documents:
+    """`shared.corpus`, or the run's own held-out documents.
+
+    Raises:
+      ConfigError: nothing there to read.
+    """
+    if shared.corpus:
+        config = DataConfig(corpus=shared.corpus, text_key=shared.text_key)
+        try:
+            return Documents(shared.corpus, model, open_corpus(config), shared.limit)
+        except ConfigError as error:
+            raise _as_option(error) from error
+    corpus = model.parts.config.data.corpus
+    return Documents(f"held out of {corpus}", model, own.data.validation.stream, shared.limit)
+
+
+def fingerprint(documents: list[np.ndarray]) -> str:
+    """sha256 over ids and boundaries: equal if and only if two evaluations scored the same tokens."""
+    digest = hashlib.sha256(json.dumps([len(ids) for ids in documents]).encode())
+    for ids in documents:
+        digest.update(np.ascontiguousarray(ids, "<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _as_option(error: ConfigError) -> ConfigError:
+    """The same message in the names of this command's options."""
+    return ConfigError(str(error).replace("data.corpus", "--corpus").replace("data.text_key", "--text_key"))

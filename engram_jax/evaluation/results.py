@@ -1,0 +1,153 @@
+"""What an evaluation leaves behind: a JSON file that says what was measured, of what, with what, and how to repeat it.
+
+    {"format": 1, "created", "command", "seed", "shared": {...}, "versions": {...}, "commit", "device",
+     "run": {"name", "step", "config", ...}, "memory_scale": {"1": 0.0, ...},
+     "tasks": {TASK: {"options": {...}, "seconds", "metrics": {NAME: {"value", "stderr", "count", ...}}, "details"}}}
+
+A number that could not be measured is null.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engram_jax import __version__
+from engram_jax.config import ConfigError, require, to_dict
+from engram_jax.evaluation.statistics import Metric
+from engram_jax.evaluation.tasks import Result, Shared
+from engram_jax.training.errors import RunError
+
+if TYPE_CHECKING:
+    from engram_jax.evaluation.under_test import UnderTest
+
+FORMAT = 1
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tokenizers", "lm_eval")
+FOLDER = "evaluations"
+
+
+def record(model: UnderTest, shared: Shared, tasks: Mapping[str, dict[str, Any]], command: list[str]) -> dict[str, Any]:
+    """The file's content; `tasks` are made by `entry`."""
+    device = model.parts.mesh.devices.flat[0]
+    return {
+        "format": FORMAT,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "seed": shared.seed,
+        "shared": asdict(shared),
+        "versions": versions(),
+        "commit": commit(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "run": {
+            "name": model.name,
+            "step": model.step,
+            "tokenizer_sha256": model.tokenizer.sha256,
+            "corpus_sha256": model.corpus_sha256,
+            "config": to_dict(model.parts.config),
+        },
+        "memory_scale": {str(layer): scale for layer, scale in model.memory_scale.items()},
+        "tasks": dict(tasks),
+    }
+
+
+def entry(options: Any, result: Result, seconds: float) -> dict[str, Any]:
+    """One task's part of the file; `options` is the task."""
+    metrics = {name: asdict(metric) for name, metric in result.metrics.items()}
+    return {
+        "options": asdict(options),
+        "seconds": round(seconds, 2),
+        "metrics": metrics,
+        "details": result.details,
+    }
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Atomic; NaN and infinities become null, paths text."""
+    # Here, because it brings jax, which showing saved results does not wait for.
+    from engram_jax.training.run_folder import write_json
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, _plain(content))
+    except OSError as error:
+        raise RunError(
+            f"cannot write {path}: {error.strerror}. The results are on the screen; give --output."
+        ) from None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A file that `save` wrote.
+
+    Raises:
+      ConfigError: it is no such file, or of a later format.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as results of an evaluation: {error}") from error
+    require(
+        isinstance(content, dict) and {"format", "tasks", "run"} <= set(content),
+        f"{path} holds no results of an evaluation: it lacks format, tasks or run.",
+    )
+    require(content["format"] <= FORMAT, f"{path} is of format {content['format']}; this version reads up to {FORMAT}.")
+    return content
+
+
+def load_all(folder: Path) -> list[dict[str, Any]]:
+    """All results in a folder, oldest first."""
+    return sorted((load(path) for path in sorted(folder.glob("*.json"))), key=lambda r: r["created"])
+
+
+def metric_of(values: Mapping[str, Any]) -> Metric:
+    """A metric as it was saved."""
+    value = math.nan if values["value"] is None else values["value"]
+    return Metric(**{**values, "value": value})
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that touch the numbers, those that are installed."""
+    found = {"python": platform.python_version(), "engram_jax": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Of the checkout this package lies in, with `+changes` if files differ from it; None outside of one."""
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        output = subprocess.run(
+            ["git", "-C", package, *arguments], capture_output=True, text=True, check=True, timeout=20
+        )
+        return output.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # a package installed into somebody else's checkout is not it
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(package)) else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """Of nothing but what JSON has."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return str(value)
+    return value.item() if hasattr(value, "item") else value

@@ -1,0 +1,76 @@
+"""Documents longer than the context, scored in windows that overlap.
+
+With context C and stride S the first window scores C tokens, each given all before it; every further window scores the
+next S, and begins C - S tokens before the first of them. So each token is scored once, given its whole document up to
+C tokens, and given at least C - S beyond.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from engram_jax.config import require
+from engram_jax.evaluation.under_test import Scored, UnderTest
+
+BATCHES_AT_A_TIME = 32
+SECONDS_PER_LINE = 10.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """Ids [start, stop) of a document, of which those from `scored_from` on are scored. All count from its bos."""
+
+    start: int
+    stop: int
+    scored_from: int
+
+
+def windows(length: int, context: int, stride: int) -> list[Window]:
+    """The windows of a document of `length` ids; none for a single id, which nothing precedes.
+
+    A window has at most `context` + 1 ids: the last one is only predicted.
+    """
+    require(context > 0, f"context={context} must be positive.")
+    require(0 < stride <= context, f"stride={stride} must lie in 1..context={context}.")
+    if length < 2:
+        return []
+    found = [Window(0, min(length, context + 1), 1)]
+    while (following := found[-1].stop) < length:
+        found.append(Window(following + stride - context - 1, min(length, following + stride), following))
+    return found
+
+
+def score_documents(
+    model: UnderTest, documents: Iterable[np.ndarray], context: int, stride: int
+) -> Iterator[tuple[np.ndarray, Scored]]:
+    """Each document with the losses of its ids but the first; a few batches of documents in memory at a time."""
+    group: list[np.ndarray] = []
+    done, last_line = 0, time.monotonic()
+    for ids in documents:
+        group.append(ids)
+        if sum(map(len, group)) >= BATCHES_AT_A_TIME * model.batch_tokens:
+            yield from _score_group(model, group, context, stride)
+            done, group = done + sum(map(len, group)), []
+            if time.monotonic() - last_line > SECONDS_PER_LINE:
+                last_line = time.monotonic()
+                model.log(f"{model.name}: {done:,} tokens scored.")
+    yield from _score_group(model, group, context, stride)
+
+
+def _score_group(
+    model: UnderTest, group: list[np.ndarray], context: int, stride: int
+) -> Iterator[tuple[np.ndarray, Scored]]:
+    cut = [windows(len(ids), context, stride) for ids in group]
+    scored = iter(model.score([ids[w.start : w.stop] for ids, ws in zip(group, cut, strict=True) for w in ws]))
+    for ids, ws in zip(group, cut, strict=True):
+        losses, is_greedy = np.zeros(len(ids) - 1, np.float32), np.zeros(len(ids) - 1, bool)
+        for w in ws:
+            of_window = next(scored)
+            new = slice(w.scored_from - w.start - 1, None)
+            losses[w.scored_from - 1 : w.stop - 1] = of_window.losses[new]
+            is_greedy[w.scored_from - 1 : w.stop - 1] = of_window.is_greedy[new]
+        yield ids, Scored(losses, is_greedy)

@@ -1,0 +1,186 @@
+"""Evaluates trained runs:  python -m experiments.evaluate RUN_DIR [RUN_DIR ...] [--tasks perplexity longppl ...]
+
+Results go to RUN_DIR/evaluations/NAME.json and side by side to the screen. `--table` computes nothing and shows what
+is saved there; `--paper` puts the paper's figures beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from engram_jax.config import ConfigError, RunConfig, from_dict, require
+from engram_jax.evaluation.knock_out import parse_scales
+from engram_jax.evaluation.tasks import Shared, all_tasks, split_name
+from engram_jax.training.errors import RunError
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Evaluates trained runs and puts them side by side."""
+
+    run_dirs: tyro.conf.Positional[tuple[Path, ...]]
+    """Runs' folders, as experiments.run wrote them."""
+    tasks: tuple[str, ...] = ("perplexity",)
+    """What to measure: NAME or NAME:ARGUMENT. A wrong name lists them all."""
+    shared: Annotated[Shared, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Shared)
+    memory_scale: tuple[str, ...] = ()
+    """What the memory's rows are multiplied by: one number (0: off) or LAYER=NUMBER for some layers (1=0 2=0.5)."""
+    batch_tokens: int = 4096
+    """Tokens computed at a time, about."""
+    name: str = ""
+    """Of the results' file. Empty: made from the tasks, the corpus and the memory scale."""
+    output: Path | None = None
+    """The folder for the results. None: RUN_DIR/evaluations."""
+    table: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Compute nothing: show what is saved in the runs' evaluations."""
+    paper: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Put the paper's Tables 1 and 2 below, with what of it was measured here."""
+
+    def __post_init__(self):
+        require(self.batch_tokens > 0, f"batch_tokens={self.batch_tokens} must be positive.")
+        require(bool(self.tasks), "tasks: name one at least.")
+        require(not re.search(r"[/\\]", self.name), f"name={self.name!r} is a file's name, not a path: see --output.")
+
+
+def parse(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
+    """The options, and every task with its own.
+
+    Raises:
+      ConfigError: a value that an option refuses, in one line.
+      SystemExit: tyro's own, for --help and words it cannot place.
+    """
+    fields = [(name, task, dataclasses.field(default_factory=task)) for name, task in all_tasks().items()]
+    every_option = dataclasses.make_dataclass("EveryOption", fields, bases=(Options,), frozen=True, kw_only=True)
+    every_option.__doc__ = Options.__doc__
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            options = tyro.cli(
+                every_option,
+                args=list(arguments),
+                prog="python -m experiments.evaluate",
+                config=(tyro.conf.AvoidSubcommands,),
+                use_underscores=True,
+            )
+    except SystemExit as exit:
+        # tyro frames a config's own error in a box; the error itself is what led to the exit.
+        cause: BaseException | None = exit
+        while cause := cause.__context__:
+            if isinstance(cause, ConfigError):
+                raise cause from None
+        print(messages.getvalue(), end="", file=sys.stderr)
+        raise
+    return options, {name: getattr(options, name) for name in all_tasks()}
+
+
+def evaluate(options: Options, tasks: dict[str, Any], command: Sequence[str]) -> str:
+    """Runs the tasks on each run and saves the results after each task; returns the table."""
+    chosen = {word: split_name(word) for word in options.tasks}
+    for run_dir in options.run_dirs:
+        config = run_config(run_dir)
+        parse_scales(options.memory_scale, config.model.engram)
+        require(
+            options.output is None or len(options.run_dirs) == 1,
+            f"--output={options.output}: it is one folder, and {len(options.run_dirs)} runs would overwrite each "
+            "other's results there. Leave it out, or evaluate one run at a time.",
+        )
+    # Here, because they bring jax, which --help does not wait for.
+    from engram_jax.evaluation import results
+    from engram_jax.evaluation.table import columns
+    from engram_jax.evaluation.under_test import UnderTest
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    records = []
+    for run_dir in options.run_dirs:
+        model = UnderTest.load(run_dir, options.batch_tokens, options.memory_scale, log)
+        path = (options.output or run_dir / results.FOLDER) / f"{options.name or file_name(options)}.json"
+        entries: dict[str, Any] = {}
+        for word, (name, argument) in chosen.items():
+            log(f"{model.name}: {word}")
+            started = time.perf_counter()
+            result = tasks[name](model, options.shared, argument)
+            entries[word] = results.entry(tasks[name], result, time.perf_counter() - started)
+            record = results.record(model, options.shared, entries, ["python", "-m", "experiments.evaluate", *command])
+            results.save(path, record)
+        log(f"{model.name}: results in {path}")
+        records.append((run_dir, results.load(path)))
+        del model  # one run's tables in memory at a time
+    return _rendered(columns(records), options.paper)
+
+
+def saved(options: Options) -> str:
+    """The table of what was measured before."""
+    from engram_jax.evaluation import results
+    from engram_jax.evaluation.table import columns
+
+    records = []
+    for run_dir in options.run_dirs:
+        run_config(run_dir)
+        folder = options.output or run_dir / results.FOLDER
+        found = results.load_all(folder)
+        require(
+            bool(found),
+            f"{folder} holds no results: evaluate the run first, with python -m experiments.evaluate "
+            f"{shlex.quote(str(run_dir))}.",
+        )
+        records += [(run_dir, record) for record in found]
+    return _rendered(columns(records), options.paper)
+
+
+def _rendered(found: Sequence[Any], paper: bool) -> str:
+    from engram_jax.evaluation.paper_results import paper_tables
+    from engram_jax.evaluation.table import render
+
+    return render(found, paper_tables() if paper else ())
+
+
+def run_config(run_dir: Path) -> RunConfig:
+    """What the folder says of the run.
+
+    Raises:
+      RunError: it is no run.
+    """
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise RunError(f"{run_dir} is not a run: it has no config.json. Train one with python -m experiments.run.")
+    return from_dict(RunConfig, json.loads(path.read_text()))
+
+
+def file_name(options: Options) -> str:
+    """`perplexity+longppl-books-memory-0`: a different name for each question, the same for the same."""
+    parts = ["+".join(options.tasks)]
+    if options.shared.corpus:
+        parts.append(Path(options.shared.corpus).name)
+    if options.memory_scale:
+        parts.append("memory-" + ",".join(options.memory_scale))
+    return re.sub(r"[^\w.,=+-]+", "_", "-".join(parts))[:150]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit status: 2 after a mistake in the arguments, 1 if a run cannot be read."""
+    try:
+        options, tasks = parse(arguments)
+        require(bool(options.run_dirs), "give the folders of the runs to evaluate.")
+        print(saved(options) if options.table else evaluate(options, tasks, arguments), end="")
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
