@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 MODULES = (
     "engram_jax.evaluation.corpus_perplexity",
     "engram_jax.evaluation.long_ppl",
+    "engram_jax.evaluation.ruler.task",
 )
 """Where tasks are registered, in the order in which --help lists them."""
 
