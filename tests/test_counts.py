@@ -163,6 +163,7 @@ SLOT_BYTES = {
     "rowwise_adagrad": 4,
     "rowwise_rmsprop": 4 + 4,
     "sinkhorn": 3 * 4,
+    "frozen": 0,
 }
 
 

@@ -50,6 +50,10 @@ class OptimizerConfig:
     """Step schedule: the rate after each drop, relative to the peak. Cosine ends at the last of these."""
     weight_decay: float = 0.1
     """On matrices and embeddings; never on norms, scalars or tables."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that do not move, by patterns of their names (`*` is anything): blocks.* embedding_vd head_dv. Nothing
+    is kept for them, they are not clipped with the others, and a frozen router's balancing bias rests too. For the
+    tables see table_optimizer."""
     matrix_optimizer: Literal["muon", "adamw"] = "muon"
     muon_momentum: float = 0.95
     muon_steps: tuple[int, int] = (8, 2)
@@ -61,12 +65,13 @@ class OptimizerConfig:
     adam_eps: float = 1e-20
     clip_norm: float = 1.0
     """Global norm over all gradients, row gradients included. 0: no clipping."""
-    table_optimizer: Literal["catch_up_adam", "dense_adam", "rowwise_adagrad", "rowwise_rmsprop", "sinkhorn"] = (
-        "catch_up_adam"
-    )
+    table_optimizer: Literal[
+        "catch_up_adam", "dense_adam", "rowwise_adagrad", "rowwise_rmsprop", "sinkhorn", "frozen"
+    ] = "catch_up_adam"
     """catch_up_adam: dense Adam's trajectory at the cost of the rows looked up, 8 bytes of state per number.
     rowwise_adagrad, rowwise_rmsprop: 4 and 8 bytes per row. sinkhorn: V4.1's, 4 bytes per number. The latter and
-    dense_adam, the test oracle, cost time in proportion to the table."""
+    dense_adam, the test oracle, cost time in proportion to the table. frozen: tables are read only, and nothing is kept
+    for their rows."""
     table_lr_multiplier: float = 5.0
     sinkhorn_momentum: float = 0.95
     sinkhorn_iters: int = 11
@@ -135,6 +140,10 @@ class MemoryConfig:
 class TrainConfig:
     steps: int = 1000
     seed: int = 0
+    init_from: str = ""
+    """Folder of a run whose newest checkpoint this one begins with: parameters, balancing biases and tables, but step
+    0, a new optimizer state and its own schedule, sequence length and data (training/init_from.py). Not read again
+    once this run has a checkpoint."""
     grad_accum: int = 1
     """Parts the batch is split into; the memory is still fetched and updated once per step."""
     log_every: int = 10

@@ -11,11 +11,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from engram_jax.config import RunConfig
+from engram_jax.config import RunConfig, replace
 from engram_jax.data.loader import TextData, eval_batches, load_data, train_batches
 from engram_jax.evaluation.frequency import NgramCounts
 from engram_jax.evaluation.perplexity import Evaluation, evaluate
-from engram_jax.training import run_folder
+from engram_jax.training import init_from, run_folder
 from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.checkpoint import Checkpoints
 from engram_jax.training.distributed import is_first
@@ -65,7 +65,10 @@ def _train(config: RunConfig, run_dir: Path, log: Log, profile: Profile | None, 
     started = time.perf_counter()
 
     # --- data and the parts of the run ---
-    text = load_data(config.data, config.model.vocab_size, log)
+    begins = config.train.init_from and not run_folder.has_checkpoint(run_dir)
+    source = init_from.find_source(config) if begins else None
+    tokenizer = init_from.data_tokenizer(config, run_dir)
+    text = load_data(replace(config.data, tokenizer=tokenizer), config.model.vocab_size, log)
     parts = assemble(config, text.tokenizer.backend)
     config = parts.config
     run_folder.check(run_dir, config)
@@ -82,7 +85,12 @@ def _train(config: RunConfig, run_dir: Path, log: Log, profile: Profile | None, 
         meta = run_folder.meta(config, text, parts)
         checkpoints.check_room(parts.abstract_state())
         restored = checkpoints.restore(parts.abstract_state(), lambda saved: run_folder.check_meta(saved, meta, parts))
-        state = restored if restored is not None else parts.init_state()
+        if restored is not None:
+            state = restored
+        elif source is not None:
+            state = init_from.initial_state(parts, source, text.tokenizer.backend, log)
+        else:
+            state = parts.init_state()
         first_step = int(jax.device_get(state.step))
         if first_step == config.train.steps:
             log(f"All {first_step} steps are done already: only the evaluation is repeated.")

@@ -18,10 +18,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from engram_jax.config import RunConfig
 from engram_jax.layers.cross_entropy import NO_LOSS
+from engram_jax.layers.moe import MoEStats
 from engram_jax.memory.plan import RowPlan, capacity, overflow, requests
 from engram_jax.memory.store import Held, MemoryPlan, MemoryState, MemoryStore
 from engram_jax.model import updated_buffers
+from engram_jax.optimizers.groups import is_frozen
 from engram_jax.sharding import sharding_of
 from engram_jax.training.assembly import Parts
 from engram_jax.training.state import Batch, TrainState
@@ -33,14 +36,17 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
     """Jitted `state, metrics, held = step(state, batch, plan, held=None, next_plan=None)`; state and held are donated.
 
     Without `held` the step loads the plan's rows itself. It returns the rows of `next_plan` if that is given; with
-    tables outside the program (memory.placement=numpy) this batch's rows, for the caller to save; else None.
+    tables outside the program (memory.placement=numpy) this batch's rows, for the caller to save; else None. Frozen
+    tables (optimizer.table_optimizer) are never written: there is nothing to save, and held is not donated.
     """
     config, store = parts.config, parts.store
     accum = config.train.grad_accum
+    moves_rows = config.optimizer.table_optimizer != "frozen"
 
     def loss(params, rows, buffers, batch, total_count):
         """This part's share of the batch's mean loss, so that parts add up to the gradient of the whole batch."""
-        model = parts.model(params, buffers)
+        model = parts.model(_resting(params, config.optimizer.frozen), buffers)
+        rows = rows if moves_rows else jax.lax.stop_gradient(rows)
         hidden_BTD, stats = model.hidden(batch["tokens"], rows, batch["segment_ids"], batch["positions"])
         cross_entropy = jnp.sum(model.token_losses(hidden_BTD, batch["targets"])) / total_count
         balance = sum((jnp.sum(stack.seq_aux) for stack in stats.values()), jnp.zeros(())) / accum
@@ -75,17 +81,20 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
         loaded: Held = jax.lax.optimization_barrier(held or store.load(state.memory, plan))
         rows = store.rows(loaded, plan, state.step)
         (cross_entropy, stats), (grads, row_grads) = gradients(state.params, rows, state.buffers, batch)
-        row_grads = store.reduce(plan, row_grads)
+        row_grads = store.reduce(plan, row_grads) if moves_rows else {}
         norm = optax.tree.norm((grads, row_grads))
         if config.optimizer.clip_norm:
             scale = jnp.minimum(1.0, config.optimizer.clip_norm / jnp.maximum(norm, 1e-30))
             grads, row_grads = jax.tree.map(lambda g: g * scale, (grads, row_grads))
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
-        memory, held = _update_rows(store, state, plan, row_grads, loaded, early, next_plan)
+        if moves_rows:
+            memory, held = _update_rows(store, state, plan, row_grads, loaded, early, next_plan)
+        else:
+            memory, held = state.memory, early
         new_state = TrainState(
             step=state.step + 1,
             params=jax.tree.map(jnp.add, state.params, updates),
-            buffers=updated_buffers(state.buffers, stats, config.model),
+            buffers=updated_buffers(state.buffers, _with_moving_router(stats, state.params, config), config.model),
             opt_state=opt_state,
             memory=memory,
         )
@@ -103,7 +112,23 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
 
     tables = {layer: store.at_rest(layer) for layer in store.layers} if store.placement.in_program else {}
     at_rest = TrainState(None, None, None, None, MemoryState(tables, None))  # type: ignore[arg-type]
-    return jax.jit(train_step, donate_argnums=(0, 3), out_shardings=(at_rest, None, None))
+    donated = (0, 3) if moves_rows else 0  # rows that are only read become nothing
+    return jax.jit(train_step, donate_argnums=donated, out_shardings=(at_rest, None, None))
+
+
+def _resting(params: dict, patterns: tuple[str, ...]) -> dict:
+    """Params without gradients where they are frozen: XLA then leaves out what would compute them."""
+    if not patterns:
+        return params
+    return jax.tree.map(lambda x, rests: jax.lax.stop_gradient(x) if rests else x, params, is_frozen(params, patterns))
+
+
+def _with_moving_router(stats: dict[str, MoEStats], params: dict, config: RunConfig) -> dict[str, MoEStats]:
+    """Of the MoE stacks, those whose balancing bias may move: a frozen router is not to be pushed about by a bias."""
+    if not config.optimizer.frozen:
+        return stats
+    blocks = is_frozen(params, config.optimizer.frozen)["blocks"]
+    return {name: stack for name, stack in stats.items() if not blocks[name]["ffn"]["router_de"]}
 
 
 def _update_rows(

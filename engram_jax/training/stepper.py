@@ -83,8 +83,8 @@ class Stepper:
             self._outside.read_ahead(tables, self._batches.following)
         inside = replace(state, memory=replace(state.memory, tables={}))
         state, metrics, held = self._step(inside, batch, plan, loaded)
-        assert held is not None
-        self._outside.save(tables, plan, held)
+        if held is not None:  # frozen tables have nothing to write
+            self._outside.save(tables, plan, held)
         return replace(state, memory=replace(state.memory, tables=tables)), metrics
 
     def look(self, state: TrainState) -> Metrics:

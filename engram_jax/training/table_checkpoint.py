@@ -10,11 +10,13 @@ time, so saving needs the memory of one chunk per shard beside the table, wherev
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
@@ -59,12 +61,18 @@ def save_tables(directory: Path, store: MemoryStore, mesh: Mesh, tables: dict[st
                 raise
 
 
-def restore_tables(directory: Path, store: MemoryStore, mesh: Mesh) -> dict[str, Table]:
+def restore_tables(
+    directory: Path, store: MemoryStore, mesh: Mesh, saved_by: MemoryStore | None = None, step: int = 0
+) -> dict[str, Table]:
     """The tables, cut and placed as `store` has it, from files of any number of shards.
+
+    `saved_by`: the store of the run that saved them after `step` updates, if `store` is another's. Rows are then taken
+    as they stood, with their uses, and begin anew under the rule and dtype of `store`.
 
     Raises `TableFileError` if the files are not whole, damaged, or another table's.
     """
-    fields = fields_of(store)
+    fields = fields_of(saved_by or store)
+    begin_anew = None if saved_by is None else _begin_anew(saved_by, store, step)
     readers = {layer: TableReader(directory / layer) for layer in store.layers}
     for layer, reader in readers.items():
         reader.check(store.layouts[layer], fields)
@@ -89,8 +97,21 @@ def restore_tables(directory: Path, store: MemoryStore, mesh: Mesh) -> dict[str,
                 )
                 for name, arrays in parts.items()
             }
-            tables[layer] = write(tables[layer], start, _unnamed(chunk))
+            rows_of_chunk = _unnamed(chunk)
+            if begin_anew is not None:
+                rows_of_chunk = begin_anew(rows_of_chunk)
+            tables[layer] = write(tables[layer], start, rows_of_chunk)
     return tables
+
+
+def _begin_anew(saved_by: MemoryStore, store: MemoryStore, step: int) -> Callable[[TableState], TableState]:
+    """A chunk of one run's table as the first of another's: caught up, without the slots of the old rule."""
+
+    def local(chunk: TableState) -> TableState:
+        rows, _ = saved_by.optimizer.read(chunk.rows, chunk.slots, jnp.int32(step))
+        return replace(store.new_rows(rows.astype(store.row_dtype)), uses=chunk.uses)
+
+    return jax.jit(partial(store.on_shards, local))
 
 
 def _by_shard(chunk: TableState, count: int) -> dict[int, dict[str, np.ndarray]]:

@@ -1,0 +1,205 @@
+"""A run that begins where another one ended (train.init_from): a second stage, or a memory for a trained backbone.
+
+Taken over from the source's newest checkpoint: parameters, balancing biases, and tables with every row as it stood.
+New: step 0, optimizer state, schedule, sequence length, data. What the arrays mean must agree (shapes, hash constants,
+tokenizer); what is said about reading and training them may differ (YaRN, dtype, optimizer, precision of rows).
+
+A source without memory gives its parameters to a backbone of the same shape. The new readers' value projections are
+then zero: the memory adds exactly nothing at step 0, and gradients reach the projection at once, then rows and keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tokenizers import Tokenizer
+
+from engram_jax.config import (
+    ConfigError,
+    EngramConfig,
+    MemoryConfig,
+    RunConfig,
+    differences,
+    from_dict,
+    replace,
+    require,
+)
+from engram_jax.data.tokenizer import load_tokenizer
+from engram_jax.memory.store import MemoryState
+from engram_jax.model import Model, Segment, named_key, segments, split
+from engram_jax.sharding import spec
+from engram_jax.training import run_folder
+from engram_jax.training.assembly import Parts, assemble
+from engram_jax.training.checkpoint import Checkpoints
+from engram_jax.training.state import TrainState
+from engram_jax.training.table_checkpoint import restore_tables
+
+MAY_DIFFER = (
+    "model.attend_across_documents",
+    "model.dtype",
+    "model.hc_gate_init",
+    "model.initializer_range",
+    "model.loss_chunk_len",
+    "model.moe.bias_update_speed",
+    "model.moe.capacity_factor",
+    "model.moe.implementation",
+    "model.moe.seq_aux_alpha",
+    "model.remat",
+)
+"""Fields of the model that are no matter of what its parameters are; so is model.attention.yarn."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run to begin with."""
+
+    run_dir: Path
+    config: RunConfig
+
+    @property
+    def has_memory(self) -> bool:
+        return self.config.model.engram.enabled
+
+
+def find_source(config: RunConfig) -> Source:
+    """The run that `config.train.init_from` names.
+
+    Raises:
+      ConfigError: it is no run, has no checkpoint, or its model is another.
+    """
+    run_dir = Path(config.train.init_from).expanduser()
+    named = f"train.init_from={config.train.init_from!r}"
+    require((run_dir / "config.json").is_file(), f"{named} is not a run: it has no config.json.")
+    theirs = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
+    require(
+        run_folder.has_checkpoint(run_dir),
+        f"{named} has no checkpoint yet: let that run reach its first one.",
+    )
+    _check_model(config, theirs, named)
+    return Source(run_dir, theirs)
+
+
+def _check_model(ours: RunConfig, theirs: RunConfig, named: str) -> None:
+    theirs = _with_model_of(theirs, ours)
+    if not theirs.model.engram.enabled:
+        ours, theirs = (replace(run, model__engram=EngramConfig()) for run in (ours, theirs))
+    elif not ours.model.engram.engram_compressed_vocab_size:  # 0: not looked up yet; the hash constants decide later
+        theirs = replace(theirs, model__engram__engram_compressed_vocab_size=0)
+    lines = [line for line in differences(ours, theirs) if not line.startswith(MAY_DIFFER)]
+    require(
+        not lines,
+        f"{named} has another model, whose parameters would mean nothing in this one ({'; '.join(lines)[:600]}). "
+        "Give this run the source's model settings; the context's (model.attention.yarn), precision, optimizer and "
+        "data may be its own.",
+    )
+
+
+def data_tokenizer(config: RunConfig, run_dir: Path) -> str:
+    """The tokenizer.json to use: the configured one; else that of this run, once it has one, or of the source."""
+    if config.data.tokenizer or not config.train.init_from:
+        return config.data.tokenizer
+    own = run_dir / "tokenizer.json"
+    return str(own if own.is_file() else Path(config.train.init_from).expanduser() / "tokenizer.json")
+
+
+def initial_state(parts: Parts, source: Source, tokenizer: Tokenizer, log: Callable[[str], None] = print) -> TrainState:
+    """Step 0 of a run that begins with `source`. Call under `jax.set_mesh(parts.mesh)`.
+
+    The source's optimizer state is read, as Orbax reads whole trees, and dropped before this run's is made; tables are
+    read from their files in chunks.
+
+    Raises:
+      ConfigError: the source's tokenizer is another.
+      RunError: its checkpoint cannot be read, or its memory was addressed otherwise.
+    """
+    named = f"train.init_from={parts.config.train.init_from!r}"
+    trained_with = load_tokenizer(source.run_dir / "tokenizer.json").backend
+    require(
+        tokenizer.to_str() == trained_with.to_str(),
+        f"{named} was trained with another tokenizer than this run's: leave data.tokenizer empty to take the source's.",
+    )
+    theirs = _source_parts(parts, source.config, tokenizer)
+    with Checkpoints(
+        source.run_dir / "checkpoints", theirs.config.checkpoint, theirs, log, read_only=True
+    ) as checkpoints:
+        read = checkpoints.restore(
+            theirs.abstract_state(), lambda saved: run_folder.check_readable(saved, theirs), tables=False
+        )
+    if read is None:
+        raise ConfigError(f"{named} has no checkpoint yet: let that run reach its first one.")
+    step, params, buffers, rows_used = int(read.step), read.params, read.buffers, read.memory.rows_used
+    del read  # the optimizer state of the source
+
+    cut = (segments(theirs.config.model), segments(parts.config.model))
+    key = jax.random.key(parts.config.train.seed)
+    params, buffers = jax.jit(lambda *trees: tuple(_recut(tree, *cut) for tree in trees))(params, buffers)
+    if parts.store.layers and not source.has_memory:
+        params |= {"engram": _silent_readers(parts, named_key(key, "model"))}
+        memory = parts.store.init(named_key(key, "memory"))
+    elif parts.store.layers:
+        folder = run_folder.tables_of(source.run_dir, step)
+        memory = MemoryState(restore_tables(folder, parts.store, parts.mesh, theirs.store, step), rows_used)
+    else:
+        memory = MemoryState({}, {})
+    log(f"Begins with step {step} of {source.run_dir}: parameters{' and tables' if source.has_memory else ''}.")
+
+    def begin(params: dict, buffers: dict) -> TrainState:
+        zero = jnp.zeros((), jnp.int32, out_sharding=spec())
+        return TrainState(zero, params, buffers, parts.optimizer.init(params), MemoryState({}, {}))
+
+    state = jax.jit(begin, donate_argnums=(0, 1))(params, buffers)
+    return TrainState(state.step, state.params, state.buffers, state.opt_state, memory)
+
+
+def _with_model_of(theirs: RunConfig, ours: RunConfig) -> RunConfig:
+    """Our run of their model, but for our context: theirs may be too short for our sequences."""
+    return replace(ours, model=replace(theirs.model, attention__yarn=ours.model.attention.yarn))
+
+
+def _source_parts(parts: Parts, theirs: RunConfig, tokenizer: Tokenizer) -> Parts:
+    """The source's parts on this run's mesh: its model, and the rules by which its state and rows are to be read."""
+    return assemble(
+        replace(
+            _with_model_of(theirs, parts.config),
+            optimizer=theirs.optimizer,
+            memory=MemoryConfig(row_dtype=theirs.memory.row_dtype),
+            train__steps=theirs.train.steps,
+        ),
+        tokenizer,
+        list(parts.mesh.devices.flat),
+    )
+
+
+def _recut(tree: dict[str, Any], theirs: list[Segment], ours: list[Segment]) -> dict[str, Any]:
+    """Stacks of blocks, cut where our Engram layers are instead of theirs: the same blocks in the same order."""
+    if theirs == ours or "blocks" not in tree:
+        return tree
+    blocks = {}
+    for segment in ours:
+        parts = [
+            jax.tree.map(lambda x, lo=max(segment.start, s.start) - s.start, hi=segment.stop - s.start: x[lo:hi], stack)
+            for s in theirs
+            if s.start < segment.stop and segment.start < s.stop and (stack := tree["blocks"].get(s.name))
+        ]
+        if parts:
+            blocks[segment.name] = jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts) if len(parts) > 1 else parts[0]
+    return tree | {"blocks": blocks}
+
+
+def _silent_readers(parts: Parts, key: jax.Array) -> dict[str, Any]:
+    """New readers whose value projection is zero. Zero rows instead would put the gate's norms at their singularity."""
+
+    def make() -> dict[str, Any]:
+        readers = split(Model(parts.config.model, key))[1]["engram"]
+        return {
+            layer: reader | {"key_value_emd": reader["key_value_emd"].at[:, -1].set(0.0)}
+            for layer, reader in readers.items()
+        }
+
+    return jax.jit(make)()
