@@ -78,6 +78,23 @@ def chunk_writer(store: MemoryStore, layer: str) -> Callable[[Table, int, TableS
     return lambda table, start, chunk: write(table, jnp.int32(start), chunk)
 
 
+def filled(
+    store: MemoryStore, layer: str, table: Table, read: Callable[[int, int, int], TableState], count: int = CHUNK_ROWS
+) -> Table:
+    """A table filled with `read(shard, start, count)`: local rows start .. start + count of a shard, NumPy arrays.
+
+    Rows beyond a shard's end are asked for and dropped. Needs the memory of a chunk beside the table.
+    """
+    rows, sharding = store.layouts[layer].rows_per_shard, outside.sharding_over_devices()
+    shards = outside.shards_here(sharding, store.shards)
+    count = min(count, rows)
+    write = chunk_writer(store, layer)
+    for start in range(0, rows, count):
+        parts = [read(shard, start, count) for shard in shards]
+        table = write(table, start, outside.to_devices(parts, sharding, store.shards))
+    return table
+
+
 def logical_tables(
     store: MemoryStore, state: MemoryState, step: jax.Array | int
 ) -> Mapping[str, jax.Array | np.ndarray]:

@@ -34,7 +34,7 @@ Tables = dict[str, TableState]
 
 def allocate(store: MemoryStore) -> Tables:
     """Tables of zeros. Raises `ConfigError` where memory or disk does not suffice."""
-    here = len(_sharding().addressable_devices)
+    here = len(sharding_over_devices().addressable_devices)
     num_rows = {layer: here * layout.rows_per_shard for layer, layout in store.layouts.items()}
     named = _placement(store).allocate_all({f"layer-{la}": n for la, n in num_rows.items()}, store.row_shapes())
     return {layer: named[f"layer-{layer}"] for layer in num_rows}
@@ -42,7 +42,7 @@ def allocate(store: MemoryStore) -> Tables:
 
 def abstract_tables(store: MemoryStore) -> Tables:
     """Shapes and dtypes of this process's tables."""
-    here, like = len(_sharding().addressable_devices), store.row_shapes()
+    here, like = len(sharding_over_devices().addressable_devices), store.row_shapes()
 
     def shapes(rows: int) -> TableState:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((here * rows, *x.shape[1:]), x.dtype), like)
@@ -57,7 +57,7 @@ def load(store: MemoryStore, tables: Tables, plan: MemoryPlan) -> Held:
     for layer, p in plan.items():
         shards = _shards(tables[layer], store.layouts[layer].rows_per_shard)
         parts = [placement.take(shard, ids_U) for shard, ids_U in zip(shards, _parts(p.owned_U), strict=True)]
-        held[layer] = _to_devices(parts, p.owned_U.sharding, store.shards)
+        held[layer] = to_devices(parts, p.owned_U.sharding, store.shards)
     return held
 
 
@@ -103,15 +103,15 @@ def materialize(store: MemoryStore, tables: Tables, step: jax.Array | int, chunk
 
 def read_chunk(store: MemoryStore, table: TableState, start: int, count: int) -> TableState:
     """Local rows start .. start + count of every shard: device arrays [S * count, ...], zero beyond a shard's end."""
-    sharding = _sharding()
+    sharding = sharding_over_devices()
     ids_U = np.arange(start, start + count, dtype=np.int32)
     shards = _shards(table, len(table.uses) // len(sharding.addressable_devices))
-    return _to_devices([_placement(store).take(shard, ids_U) for shard in shards], sharding, store.shards)
+    return to_devices([_placement(store).take(shard, ids_U) for shard in shards], sharding, store.shards)
 
 
 def write_chunk(store: MemoryStore, table: TableState, start: int, chunk: TableState) -> TableState:
     """The inverse of `read_chunk`, in place; rows beyond a shard's end are dropped."""
-    shards = _shards(table, len(table.uses) // len(_sharding().addressable_devices))
+    shards = _shards(table, len(table.uses) // len(sharding_over_devices().addressable_devices))
     for shard, part in zip(shards, _tree_parts(chunk), strict=True):
         for array_R, new_U in zip(jax.tree.leaves(shard), jax.tree.leaves(part), strict=True):
             place = array_R[start : start + len(new_U)]
@@ -206,7 +206,7 @@ def _placement(store: MemoryStore) -> NumpyPlacement:
     return store.placement
 
 
-def _sharding() -> jax.sharding.Sharding:
+def sharding_over_devices() -> jax.sharding.Sharding:
     """Of arrays cut over all devices of the current mesh; the first device outside one."""
     axes = routing.mesh_axes()
     if not axes:
@@ -232,7 +232,12 @@ def _tree_parts(tree: TableState) -> list[TableState]:
     return [structure.unflatten(part) for part in zip(*map(_parts, leaves), strict=True)]
 
 
-def _to_devices(parts: Sequence[TableState], sharding: jax.sharding.Sharding, shards: int) -> TableState:
+def shards_here(sharding: jax.sharding.Sharding, shards: int) -> list[int]:
+    """The shards of this process's devices, ascending."""
+    return sorted(index[0].start or 0 for index in sharding.addressable_devices_indices_map((shards,)).values())  # type: ignore[index]
+
+
+def to_devices(parts: Sequence[TableState], sharding: jax.sharding.Sharding, shards: int) -> TableState:
     """The inverse of `_tree_parts`: [S * U, ...], each part on its device."""
     places = sharding.addressable_devices_indices_map((shards,))
     devices = sorted(places, key=lambda device: places[device][0].start or 0)  # type: ignore[index]
