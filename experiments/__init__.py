@@ -1,3 +1,4 @@
 """What was run, as code. Importing the package registers every run; the library itself never imports it."""
 
+from experiments import long_context_runs as long_context_runs
 from experiments import runs as runs

@@ -13,7 +13,7 @@ from engram_jax.config.model import ModelConfig
 class DataConfig:
     corpus: str = "python"
     """`python` (the standard library), `python+packages`, a folder, file or glob (.txt .md .py .jsonl, also .gz .zst),
-    `tfds:NAME`, or `arrayrecord:GLOB`."""
+    `tfds:NAME`, `arrayrecord:GLOB`; or several with their shares of the windows: `python:0.7,/path/books:0.3`."""
     text_key: str = "text"
     """The field that holds the text in JSONL, tfds and ArrayRecord (JSON) documents."""
     tokenizer: str = ""

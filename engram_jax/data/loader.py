@@ -9,6 +9,7 @@ Legend: B global batch size, b rows of it on this process, T tokens of a window.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,8 @@ import numpy as np
 from absl import flags
 
 from engram_jax.config import DataConfig, require
-from engram_jax.data.corpora import open_corpus
-from engram_jax.data.packing import WindowSource, tokenise_corpus
+from engram_jax.data.mixture import ChainedStream, Mixture, chained, open_sources
+from engram_jax.data.packing import TokenisedCorpus, WindowSource, tokenise_corpus
 from engram_jax.data.tokenizer import Tokenizer, tokenizer_for
 
 Batch = dict[str, np.ndarray]
@@ -34,7 +35,8 @@ class TextData:
     train: WindowSource
     validation: WindowSource
     corpus_sha256: str
-    """Of the documents' contents; every process of a run must have the same."""
+    """Of the documents' contents (of a mixture: of its sources' and weights); every process of a run must have the
+    same."""
 
 
 def load_data(config: DataConfig, vocab_size: int, log: Callable[[str], None] = print) -> TextData:
@@ -45,18 +47,30 @@ def load_data(config: DataConfig, vocab_size: int, log: Callable[[str], None] = 
     Raises:
       ConfigError: anything wrong with the corpus, the tokenizer, the cache or the batch size.
     """
-    corpus = open_corpus(config)
-    tokenizer = tokenizer_for(config, vocab_size, corpus, log)
-    tokenised = tokenise_corpus(config, corpus, tokenizer, log)
-    train = WindowSource(tokenised.train, config.seq_len, tokenizer.pad_id, keep_partial=False)
-    validation = WindowSource(tokenised.validation, config.seq_len, tokenizer.pad_id, keep_partial=True)
+    sources = open_sources(config)
+    corpora, weights = [corpus for corpus, _ in sources], [weight for _, weight in sources]
+    tokenizer = tokenizer_for(config, vocab_size, chained(config.corpus, corpora), log)
+    tokenised = [tokenise_corpus(config, corpus, tokenizer, log) for corpus in corpora]
+    trains = [WindowSource(t.train, config.seq_len, tokenizer.pad_id, keep_partial=False) for t in tokenised]
+    held_out = ChainedStream.of([t.validation for t in tokenised]) if len(corpora) > 1 else tokenised[0].validation
+    validation = WindowSource(held_out, config.seq_len, tokenizer.pad_id, keep_partial=True)
+    train = Mixture(trains, weights) if len(corpora) > 1 else trains[0]
     _check_enough_windows(train, config.batch_size)
-    for name, stream in (("training", tokenised.train), ("validation", tokenised.validation)):
-        log(
-            f"Corpus {config.corpus}, {name}: {stream.num_documents:,} documents, {stream.num_tokens:,} tokens, "
-            f"{stream.num_bytes / max(stream.num_tokens, 1):.2f} bytes per token."
-        )
-    return TextData(tokenizer, train, validation, tokenised.sha256)
+    for corpus, weight, streams in zip(corpora, weights, tokenised, strict=True):
+        share = f" ({weight / sum(weights):.1%} of the windows)" if len(corpora) > 1 else ""
+        for name, stream in ((f"training{share}", streams.train), ("validation", streams.validation)):
+            log(
+                f"Corpus {corpus.name}, {name}: {stream.num_documents:,} documents, {stream.num_tokens:,} tokens, "
+                f"{stream.num_bytes / max(stream.num_tokens, 1):.2f} bytes per token."
+            )
+    return TextData(tokenizer, train, validation, _fingerprint(tokenised, weights))
+
+
+def _fingerprint(tokenised: Sequence[TokenisedCorpus], weights: Sequence[float]) -> str:
+    if len(tokenised) == 1:
+        return tokenised[0].sha256
+    lines = [f"{corpus.sha256} {weight}" for corpus, weight in zip(tokenised, weights, strict=True)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class Batches:
@@ -134,7 +148,8 @@ def train_batches(
     worker_count: int = 0,
     start_step: int = 0,
 ) -> Batches:
-    """Batches of shuffled windows without end, every window once per epoch; each epoch has its own order.
+    """Batches of shuffled windows without end, every window once per epoch; each epoch has its own order. The sources
+    of a mixture have epochs of their own.
 
     Args:
       batch_size: B, over all processes.
@@ -146,7 +161,7 @@ def train_batches(
     """
     _check_enough_windows(source, batch_size)
     require(0 <= seed < 1 << 32, f"data.seed={seed} must lie in 0..2^32-1.")
-    windows = grain.MapDataset.source(source).shuffle(seed=seed).repeat()
+    windows = source.shuffled(seed)
     rows = range(batch_size) if rows is None else rows
     return Batches(grain.MapDataset.source(_Rows(windows, batch_size, rows)), worker_count, start_step)
 

@@ -17,7 +17,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import grain
 import numpy as np
 
 from engram_jax.config import DataConfig, require
@@ -52,7 +54,7 @@ class TokenStream:
     def starts(self) -> np.ndarray:
         return np.memmap(self.path.with_suffix(".starts"), START_DTYPE, "r")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return TokenStream, (self.path, self.dtype, self.num_tokens, self.num_documents, self.num_bytes)
 
     def is_complete(self) -> bool:
@@ -115,6 +117,10 @@ class WindowSource:
             "segment_ids": np.where(real, segment_ids, np.int32(0)),
             "positions": np.where(real, positions, np.int32(0)),
         }
+
+    def shuffled(self, seed: int) -> grain.MapDataset:
+        """Windows without end, every one once per epoch; each epoch has its own order."""
+        return grain.MapDataset.source(self).shuffle(seed=seed).repeat()
 
     def padding(self) -> dict[str, np.ndarray]:
         """A window that holds nothing."""
