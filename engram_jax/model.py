@@ -210,17 +210,9 @@ class Model(nnx.Module):
         chunk = self.config.loss_chunk_len
         if not chunk or chunk >= targets_BT.shape[1]:
             return cross_entropy.token_losses(hidden_BTD, self.output_head, targets_BT)
-        losses = jax.checkpoint(cross_entropy.token_losses)
-        # Where sequences are cut over C devices, a chunk has the same P positions of every piece.
         mesh = jax.sharding.get_abstract_mesh()
-        num_pieces = 1 if mesh.empty else mesh.shape["context"]
-        hidden_BCPD, targets_BCP = (x.reshape(len(x), num_pieces, -1, *x.shape[2:]) for x in (hidden_BTD, targets_BT))
-        share, parts_BCP = -(-chunk // num_pieces), []
-        for i in range(0, targets_BCP.shape[2], share):
-            part = targets_BCP[:, :, i : i + share]
-            hidden, targets = (x.reshape(len(x), -1, *x.shape[3:]) for x in (hidden_BCPD[:, :, i : i + share], part))
-            parts_BCP.append(losses(hidden, self.output_head, targets).reshape(part.shape))
-        return jnp.concatenate(parts_BCP, axis=2).reshape(targets_BT.shape)
+        pieces = 1 if mesh.empty else mesh.shape["context"]  # a chunk has the same positions of every piece
+        return cross_entropy.chunked_token_losses(hidden_BTD, self.output_head, targets_BT, -(-chunk // pieces))
 
 
 def updated_buffers(buffers: dict, stats: Mapping[str, MoEStats], config: ModelConfig) -> dict:

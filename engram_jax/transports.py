@@ -30,9 +30,11 @@ def ragged_all_to_all(block: jax.Array, sizes_S: jax.Array, arrived_S: jax.Array
     mine = jax.lax.axis_index(axes).astype(jnp.int32)
     starts_S = capacity * jnp.arange(shards, dtype=jnp.int32)
     here_S = jnp.full((shards,), capacity, jnp.int32) * mine  # my part in everybody's arrivals
+    # Zeros of this exchange's own: XLA would make them once for all exchanges, and keep them from first to last.
+    zero, block = jax.lax.optimization_barrier((jnp.zeros((), block.dtype), block))
     return jax.lax.ragged_all_to_all(
         block,
-        jnp.zeros_like(block),
+        jnp.broadcast_to(zero, block.shape),
         input_offsets=starts_S,
         send_sizes=sizes_S,
         output_offsets=here_S,

@@ -258,7 +258,9 @@ def test_saving_memory_changes_no_number(plain, changes):
     np.testing.assert_allclose(saving_loss, loss, rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), saving_grads, grads)
     assert "remat" not in program and "checkpoint" not in program
-    assert ("remat" in saving_program or "checkpoint" in saving_program) == (changes != {"loss_chunk_len": T})
+    assert ("remat" in saving_program or "checkpoint" in saving_program) == ("remat" in changes)
+    all_logits = f"f32[{B},{T},{SMALL.vocab_size}]"
+    assert all_logits in program and (all_logits in saving_program) == (changes != {"loss_chunk_len": 5})
 
 
 def test_remat_policies_differ(plain):

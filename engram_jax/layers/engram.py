@@ -235,8 +235,12 @@ class EngramReader(nnx.Module):
             )
 
     def __call__(self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        update_BTMD, _ = self.read(x_BTMD, rows_BTHd, segment_ids_BT)
-        return update_BTMD
+        def update(reader: EngramReader, x_BTMD: jax.Array, rows_BTHd: jax.Array) -> jax.Array:
+            return reader.read(x_BTMD, rows_BTHd, segment_ids_BT)[0]
+
+        if self.config.remat == "full":
+            update = jax.checkpoint(update)
+        return update(self, x_BTMD, rows_BTHd)
 
     def read(
         self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None
