@@ -1,66 +1,235 @@
-"""Continues a prompt with a trained run:  python -m experiments.sample RUN_DIR "prompt" [--max_tokens 200 ...]"""
+"""Continues prompts with a trained run.
+
+python -m experiments.sample RUN_DIR "def main("
+python -m experiments.sample RUN_DIR --prompts FILE --out ANSWERS.jsonl
+python -m experiments.sample RUN_DIR --interactive
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from engram_jax.config import ConfigError
+from engram_jax.config import ConfigError, require
 from engram_jax.training.errors import RunError
+
+if TYPE_CHECKING:  # they bring jax, which --help does not wait for
+    from engram_jax.data.tokenizer import Tokenizer
+    from engram_jax.inference.engine import Engine
+    from engram_jax.inference.sampling import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Continues a prompt with a trained run, token by token, until the document ends or max_tokens is reached."""
+    """Continues prompts with a trained run, token by token, until a document ends or max_tokens is reached."""
 
     run_dir: tyro.conf.Positional[Path]
     """A run's folder, as experiments.run wrote it."""
     prompt: tyro.conf.Positional[str] = ""
     """The text to continue; empty: a document from its beginning."""
+    prompts: Path | None = None
+    """A file of prompts instead: JSON lines with "prompt", or one prompt a line. Answers are JSON lines."""
+    out: Path | None = None
+    """Where the answers to --prompts go; standard output without it."""
+    interactive: bool = False
+    """Reads prompts from the terminal, each continuing the text so far; /new starts again, Ctrl-D ends."""
     max_tokens: int = 200
     """New tokens at most."""
     temperature: float = 0.8
     """How freely to draw; 0: always the most probable token."""
     top_k: int = 50
     """Draw from this many of the most probable tokens only (0: all)."""
+    top_p: float = 1.0
+    """Draw from the fewest most probable tokens that together have this probability (1: all)."""
+    stop: tuple[str, ...] = ()
+    """Texts before which a continuation ends."""
     seed: int = 0
     """The same seed gives the same text."""
+    max_len: int = 0
+    """Tokens of a prompt with its continuation (0: what the model was trained at)."""
+    batch_size: int = 8
+    """Prompts that are continued together (with --prompts)."""
+    placement: Literal["", "device", "host"] = ""
+    """Where the tables lie; empty: as in training."""
+    mesh_fsdp: int = 1
+    """Devices over which the weights are cut, and the prompts."""
+    mesh_tensor: int = 1
+    """Devices over which heads, feed-forward widths and the vocabulary are cut."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 2 after a mistake in the arguments, 1 if the run cannot be read."""
+    """Returns the exit status: 2 after a mistake in the arguments, 1 if the run or a prompt cannot be used."""
     options = tyro.cli(Options, args=list(arguments), prog="python -m experiments.sample", use_underscores=True)
     try:
-        sample(options)
+        return sample(options)
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except BrokenPipeError:  # ... | head
+        sys.stderr.close()
+        return 0
+
+
+def sample(options: Options) -> int:
+    """Prints what becomes of the prompts; 1 if one of them cannot be continued, and the others were."""
+    from engram_jax.data.tokenizer import load_tokenizer
+    from engram_jax.inference.engine import Engine
+    from engram_jax.inference.sampling import Sampling
+    from engram_jax.training.run_folder import load_run
+    from experiments.run import keep_compiled_programs
+
+    sampling = Sampling(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
+    require(
+        not (options.interactive and options.prompts),
+        "--interactive and --prompts: choose one of them.",
+    )
+    prompts = read_prompts(options.prompts) if options.prompts else [options.prompt]
+    mesh = {"fsdp": options.mesh_fsdp, "tensor": options.mesh_tensor}
+    state, parts = load_run(options.run_dir, log=_say, mesh=mesh, placement=options.placement)
+    keep_compiled_programs(parts.config)
+    tokenizer = load_tokenizer(options.run_dir / "tokenizer.json")
+    batch_size = options.batch_size if options.prompts else options.mesh_fsdp
+    max_len = options.max_len or parts.config.data.seq_len
+    _warn_beyond(parts.config, max_len)
+    engine = Engine(parts, state, batch_size, max_len)
+    del state  # the engine keeps what it needs, in half the bytes
+    if options.prompts:
+        return answer_file(engine, tokenizer, prompts, sampling, options)
+    if options.interactive:
+        return converse(engine, tokenizer, sampling, options.stop)
+    ids = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
+    if (error := engine.error(ids)) is not None:
+        raise ConfigError(error)
+    print(options.prompt, end="", flush=True)
+    show(engine, tokenizer, ids, sampling, options.stop)
     return 0
 
 
-def sample(options: Options) -> None:
-    """Prints the prompt, and the continuation as it comes."""
-    # Here, because they bring jax, which --help does not wait for.
-    from tokenizers.decoders import DecodeStream
+def show(engine: Engine, tokenizer: Tokenizer, ids: list[int], sampling: Sampling, stop: Sequence[str]) -> str:
+    """Streams the continuation to the terminal, then a line about its speed to standard error; returns the text."""
+    from engram_jax.inference.text import continued
 
-    from engram_jax.data.tokenizer import load_tokenizer
-    from engram_jax.inference.sampling import Sampling, generate
-    from engram_jax.training.run_folder import load_run
-
-    sampling = Sampling(options.max_tokens, options.temperature, options.top_k, options.seed)
-    state, parts = load_run(options.run_dir, log=lambda line: print(line, file=sys.stderr))
-    tokenizer = load_tokenizer(options.run_dir / "tokenizer.json")
-    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
-    # The stream holds back the bytes of an unfinished character.
-    stream = DecodeStream(ids=prompt_ids, skip_special_tokens=True)
-    print(options.prompt, end="", flush=True)
-    for token in generate(parts, state, prompt_ids, sampling, tokenizer.eos_id):
-        print(stream.step(tokenizer.backend, token) or "", end="", flush=True)
+    text, started, times = "", time.perf_counter(), []
+    for _, piece in continued(engine, tokenizer, [ids], sampling, stop):
+        times.append(time.perf_counter())
+        print(piece, end="", flush=True)
+        text += piece
     print()
+    if len(times) > 1:
+        rate = (len(times) - 1) / (times[-1] - times[0])
+        _say(f"[{len(times)} tokens, the first after {times[0] - started:.2f} s, then {rate:.0f} tokens/s]")
+    return text
+
+
+def converse(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, stop: Sequence[str]) -> int:
+    """Each line goes on from all text before it, of which the model reads only what is new."""
+    _say("Type a text to be continued; the next one continues from there. /new starts again, Ctrl-D ends.")
+    text = ""
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if line.strip() == "/new":
+            text = ""
+            continue
+        text += line
+        ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+        if (error := engine.error(ids)) is not None:
+            _say(f"error: {error} /new starts again.")
+            continue
+        try:
+            text += show(engine, tokenizer, ids, sampling, stop)
+        except KeyboardInterrupt:
+            print()
+
+
+def answer_file(
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, options: Options
+) -> int:
+    """Writes one JSON line per prompt, in order; a prompt that cannot be continued gets its error as the answer."""
+    from engram_jax.inference.text import continued
+
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    answers: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
+    good = []
+    for i, one in enumerate(ids):
+        if (error := engine.error(one)) is None:
+            good.append(i)
+            answers[i] |= {"text": "", "tokens": 0}
+        else:
+            answers[i]["error"] = error
+    started = time.perf_counter()
+    for index, piece in continued(engine, tokenizer, [ids[i] for i in good], sampling, options.stop):
+        answers[good[index]]["text"] += piece
+        answers[good[index]]["tokens"] += 1
+    seconds = time.perf_counter() - started
+    with _written(options.out) as write:
+        for answer in answers:
+            write(json.dumps(answer, ensure_ascii=False) + "\n")
+    total = sum(answer.get("tokens", 0) for answer in answers)
+    _say(f"[{len(good)} of {len(prompts)} prompts, {total} tokens, {total / seconds:.0f} tokens/s]")
+    return 0 if len(good) == len(prompts) else 1
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: JSON lines with a text "prompt", or else one prompt a line; empty lines are left out.
+
+    Raises:
+      ConfigError: it cannot be read, a line is JSON without a prompt, or there is none.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompts={path} cannot be read: {error}") from None
+    require(bool(lines), f"prompts={path} has no prompts: write one a line, or JSON lines with a prompt each.")
+    if not lines[0].lstrip().startswith("{"):
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        require(isinstance(prompt, str), f'prompts={path}, line {number}: not JSON with a text "prompt".')
+        prompts.append(prompt)
+    return prompts
+
+
+def _warn_beyond(config: Any, max_len: int) -> None:
+    trained, yarn = config.data.seq_len, config.model.attention.yarn
+    limit = max(trained, yarn.max_position_embeddings) if yarn.enabled else trained
+    if max_len > limit:
+        stretched = f", and YaRN stretches its positions to {yarn.max_position_embeddings}" if yarn.enabled else ""
+        _say(f"warning: max_len={max_len} tokens; the model was trained at {trained}{stretched}. Expect less beyond.")
+
+
+@contextmanager
+def _written(path: Path | None) -> Iterator[Callable[[str], Any]]:
+    """Where lines go; a file appears when it is complete."""
+    if path is None:
+        yield lambda line: print(line, end="")
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield file.write
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"out={path} cannot be written: {error}") from None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -230,14 +230,16 @@ print(
 # brackets that mostly match. Every new token is hashed with the ones before it and reads the memory like any other.
 
 # %%
-from engram_jax.inference.sampling import Sampling, generate
+from engram_jax.inference.engine import Engine
+from engram_jax.inference.sampling import Sampling
+from engram_jax.inference.text import continued
 
+engine = Engine(result.parts, result.state, batch_size=result.parts.mesh.size, max_len=256)
 prompt = "def __init__(self"
+print(prompt, end="")
 sampling = Sampling(max_tokens=120, temperature=0.7)
-new_ids = generate(
-    result.parts, result.state, [tokenizer.bos_id, *tokenizer.encode(prompt)], sampling, tokenizer.eos_id
-)
-print(prompt + tokenizer.decode(list(new_ids)))
+for _, piece in continued(engine, tokenizer, [[tokenizer.bos_id, *tokenizer.encode(prompt)]], sampling):
+    print(piece, end="", flush=True)
 
 # %% [markdown]
 # ## Where does it listen to the memory?

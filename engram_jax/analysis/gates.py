@@ -9,17 +9,19 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
 from engram_jax.config import require
 from engram_jax.data.tokenizer import Tokenizer
-from engram_jax.inference.sampling import LENGTH_MULTIPLE, one_document
 from engram_jax.layers.engram import RecordingReader
 from engram_jax.sharding import spec
 from engram_jax.training.assembly import Parts
 from engram_jax.training.state import TrainState
+
+LENGTH_MULTIPLE = 64  # texts of similar length share a compilation
 
 
 def token_gates(
@@ -54,6 +56,18 @@ def _gates(parts: Parts, state: TrainState, buffer_T: jax.Array, length: jax.Arr
     return {
         layer: jax.reshard(recorder.gate_btm[...], spec(None, None, None))[0] for layer, recorder in recorders.items()
     }
+
+
+def one_document(parts: Parts, buffer_T: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`buffer_T` as a batch, and its segment ids: 1 for the first `length` tokens, 0 for padding. int32 [B, T] both.
+
+    B is the number of devices: the mesh shards the batch, so each device computes the one sequence.
+    """
+    shape = (parts.mesh.size, *jnp.shape(buffer_T))
+    is_token_T = jnp.arange(shape[1], dtype=jnp.int32) < length
+    batch = spec("batch", "seq")
+    tokens_BT = jnp.broadcast_to(jnp.asarray(buffer_T, jnp.int32)[None], shape, out_sharding=batch)
+    return tokens_BT, jnp.broadcast_to(is_token_T.astype(jnp.int32)[None], shape, out_sharding=batch)
 
 
 def plot_gates(tokens: Sequence[str], gates: Mapping[str, np.ndarray]) -> Figure:

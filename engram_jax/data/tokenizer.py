@@ -49,6 +49,12 @@ class Tokenizer:
         self.eos_id = _first_id(ids, EOS_NAMES)
         self.pad_id = _first_id(ids, PAD_NAMES)
 
+    @cached_property
+    def vocab_sha256(self) -> str:
+        """Of tokens and ids: the same for every file that holds this tokenizer, whatever library version wrote it."""
+        vocab = sorted(self.backend.get_vocab(with_added_tokens=True).items())
+        return hashlib.sha256(json.dumps(vocab).encode()).hexdigest()
+
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
 

@@ -83,7 +83,7 @@ def fetch(
     ids = {la: ngram_row_ids(store.constants, int(la), joined)[:, window:] for la in store.layers}
     # Every device looks up its own tokens, so a few that nobody reads make up whole shares.
     missing = -tokens_BT.shape[1] % _positions_cut()
-    ids = {la: jnp.pad(x, [(0, 0), (0, missing), (0, 0)], mode="edge") if missing else x for la, x in ids.items()}
+    ids = {la: jnp.concatenate([x, *[x[:, -1:]] * missing], axis=1) for la, x in ids.items()}
     rows = store.fetch(memory, store.plan_ids(ids), step)
     rows = {la: placed(x, "batch", None, None, None)[:, : tokens_BT.shape[1]] for la, x in rows.items()}
     rows = {la: placed(x, "batch", "seq", None, None) for la, x in rows.items()}

@@ -58,8 +58,8 @@ def attention(
     k_BSNH, v_BSNV = (
         jnp.repeat(a, repeats, axis=2, out_sharding=sharding_of(a)) if repeats > 1 else a for a in (k_BSGH, v_BSGV)
     )
-    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
-    score_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=wide) * scale
+    factor = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    score_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH, preferred_element_type=wide) * factor
     score_BNTS = jnp.where(mask_BTS[:, None], score_BNTS, jnp.finfo(wide).min)
     largest_BNT1 = jax.lax.stop_gradient(jnp.max(score_BNTS, axis=-1, keepdims=True))
     share_BNTS = jnp.exp(score_BNTS - largest_BNT1)

@@ -55,7 +55,9 @@ def extend(
     Equal to `attn` of the whole sequences. length_B: tokens that each sequence has already; every sequence needs room
     for T more. `layer` picks the layer of the stack.
     """
-    return (_extend_mla if isinstance(attn, MLA) else _extend_gqa)(attn, x_BTD, kept, layer, length_B)
+    if isinstance(attn, MLA):
+        return _extend_mla(attn, x_BTD, kept, layer, length_B)
+    return _extend_gqa(attn, x_BTD, kept, layer, length_B)
 
 
 def positions_after(length_B: jax.Array, count: int) -> jax.Array:
@@ -104,7 +106,7 @@ def _attend(q_BTNH, k_BTGH, v_BTGV, kept: KeysValues, layer, length_B, scale: fl
 
     def local(q, k_new, v_new, kept: KeysValues, layer, length_B):
         k_LBSGH = _write(kept.k_LBSGH, k_new, layer, length_B)
-        v_LBSGV = None if v_new is None else _write(kept.v_LBSGV, v_new, layer, length_B)
+        v_LBSGV = None if kept.v_LBSGV is None else _write(kept.v_LBSGV, v_new, layer, length_B)
         kept = KeysValues(k_LBSGH, v_LBSGV)
         return _softmax_over_blocks(q, kept, layer, length_B, scale, value_width), kept
 

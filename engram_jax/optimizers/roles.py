@@ -65,3 +65,5 @@ ROLES: dict[str, Role] = (
     | dict.fromkeys(_EMBEDDINGS, Role("embedding"))
     | dict.fromkeys(_VECTORS, Role("vector"))
 )
+KEPT_WIDE = ("router_de", "phi_pre_cm", "phi_post_cm", "phi_res_cm")
+"""Matrices that products take in float32; the others, and the embeddings, are taken in the model's dtype."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import fields
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from engram_jax import __version__
-from engram_jax.config import ConfigError, RunConfig, TrainConfig, differences, from_dict, replace, to_dict
+from engram_jax.config import ConfigError, RunConfig, differences, from_dict, replace, to_dict
 from engram_jax.data.loader import TextData
 from engram_jax.data.tokenizer import load_tokenizer
 from engram_jax.memory import hashing
+from engram_jax.sharding import BATCH, MESH_AXES
 from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.checkpoint import Checkpoints
 from engram_jax.training.distributed import is_first
@@ -44,23 +45,40 @@ FORMAT = 1
 """Of what a checkpoint holds and means; raised by a change that older code would read wrongly."""
 
 
-def load_run(run_dir: Path, log: Callable[[str], None] = print, tables: bool = True) -> tuple[TrainState, Parts]:
+def load_run(
+    run_dir: Path,
+    log: Callable[[str], None] = print,
+    tables: bool = True,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    placement: str = "",
+) -> tuple[TrainState, Parts]:
     """A trained run's newest state and parts, without its corpus: for sampling and analysis.
 
-    Without `tables` they stay on the disk, in `tables_of(run_dir, step)`.
+    Args:
+      tables: False leaves them on the disk, in `tables_of(run_dir, step)`.
+      mesh, placement: see `for_use`; the first devices are taken.
 
     Raises:
-      RunError: the folder is not a run, or has no checkpoint.
+      ConfigError: the mesh does not fit the model or the devices.
+      RunError: the folder is not a run, has no checkpoint, or another tokenizer than it was trained with.
     """
     if not (run_dir / "config.json").exists():
         raise RunError(f"{run_dir} is not a run: it has no config.json. Train one with python -m experiments.run.")
     config = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
-    parts = assemble(on_one_device(config), load_tokenizer(run_dir / "tokenizer.json").backend, jax.devices()[:1])
+    tokenizer, num_devices = load_tokenizer(run_dir / "tokenizer.json"), math.prod((mesh or {}).values())
+    parts = assemble(for_use(config, mesh, placement), tokenizer.backend, jax.devices()[:num_devices])
     with (
         jax.set_mesh(parts.mesh),
         Checkpoints(run_dir / "checkpoints", config.checkpoint, parts, log, read_only=True) as checkpoints,
     ):
-        state = checkpoints.restore(parts.abstract_state(), lambda saved: check_readable(saved, parts), tables)
+
+        def can_be_read(saved: dict[str, Any]) -> None:
+            if saved.get("vocab_sha256", tokenizer.vocab_sha256) != tokenizer.vocab_sha256:
+                raise RunError(f"{run_dir}/tokenizer.json is not the tokenizer this run was trained with: restore it.")
+            check_readable(saved, parts)
+
+        state = checkpoints.restore(parts.abstract_state(), can_be_read, tables)
     if state is None:
         raise RunError(f"{run_dir} has no checkpoint yet: let the run reach its first one.")
     return state, parts
@@ -68,10 +86,26 @@ def load_run(run_dir: Path, log: Callable[[str], None] = print, tables: bool = T
 
 def on_one_device(config: RunConfig) -> RunConfig:
     """The same run for sampling, analysis and interchange, whatever it was trained on."""
-    # These are whole programs: tables that lie outside would have to be carried in for each of them.
+    return for_use(config)
+
+
+def for_use(config: RunConfig, mesh: Mapping[str, int] | None = None, placement: str = "") -> RunConfig:
+    """The same run for whole programs without a trainer, on other devices than it was trained on.
+
+    Args:
+      mesh: devices on the mesh axes, `{"tensor": 4}`. None: one device.
+      placement: where the tables lie. Empty: as in training, `host` for tiered and numpy, which programs cannot reach.
+    """
     inside = {"tiered": "host", "numpy": "host"}.get(config.memory.placement, config.memory.placement)
-    axes = {f"train__{field.name}": 1 for field in fields(TrainConfig) if field.name.startswith("mesh_")}
-    return replace(config, **axes, memory__placement=inside, memory__mmap_dir="")
+    sizes = dict.fromkeys(MESH_AXES, 1) | dict(mesh or {})
+    return replace(
+        config,
+        **{f"train__mesh_{axis}": size for axis, size in sizes.items()},
+        train__grad_accum=1,
+        data__batch_size=math.prod(sizes[axis] for axis in BATCH),
+        memory__placement=placement or inside,
+        memory__mmap_dir="",
+    )
 
 
 def tables_of(run_dir: Path, step: int) -> Path:
@@ -115,6 +149,7 @@ def meta(config: RunConfig, text: TextData, parts: Parts) -> dict[str, Any]:
         "config": to_dict(config),
         "hash_constants": parts.store.constants.to_dict(),
         "tokenizer_sha256": text.tokenizer.sha256,
+        "vocab_sha256": text.tokenizer.vocab_sha256,
         "corpus_sha256": text.corpus_sha256,
     }
 

@@ -1,18 +1,16 @@
-"""Sampling by re-computation against a model run once over the whole text."""
+"""The command that continues prompts."""
 
 import dataclasses
 import json
-from functools import partial
+import shutil
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
 
 from engram_jax.config import (
     AttentionConfig,
     CheckpointConfig,
-    ConfigError,
     EngramConfig,
     ModelConfig,
     MoEConfig,
@@ -20,8 +18,7 @@ from engram_jax.config import (
     RunConfig,
     to_dict,
 )
-from engram_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from engram_jax.inference.sampling import Sampling, choose, generate, next_logits
+from engram_jax.data.tokenizer import train_tokenizer
 from engram_jax.training.assembly import assemble
 from engram_jax.training.checkpoint import Checkpoints
 from experiments.sample import main
@@ -80,137 +77,6 @@ def model(tokenizer):
     return parts, dataclasses.replace(state, params=params, memory=dataclasses.replace(state.memory, tables=tables))
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
-@partial(jax.jit, static_argnums=0)
-def full_logits(parts, state, tokens_1T):
-    """Logits after each token, from one pass without padding or segments: [T, V]."""
-    rows = parts.store.fetch(state.memory, parts.store.plan(tokens_1T), state.step)
-    model = parts.model(state.params, state.buffers)
-    return model.logits(model.hidden(tokens_1T, rows)[0])[0]
-
-
-def random_prompt(rng, length: int) -> list[int]:
-    return rng.integers(3, VOCAB_SIZE, length).tolist()
-
-
-def test_greedy_takes_the_most_probable_token_at_every_step(model, rng):
-    parts, state = model
-    prompt = random_prompt(rng, 9)
-    new = list(generate(parts, state, prompt, Sampling(max_tokens=28, temperature=0)))
-    assert len(new) == 28 and len(set(new)) > 3
-    with jax.set_mesh(parts.mesh):
-        logits_TV = np.asarray(full_logits(parts, state, np.array([prompt + new], np.int32)))
-    for i, token in enumerate(new):
-        # Two sums in another order: a tie to 1e-4 may go either way.
-        after = logits_TV[len(prompt) + i - 1]
-        assert after[token] >= after.max() - 1e-4, f"new token {i}"
-
-
-def test_padding_changes_nothing(model, rng):
-    """Whatever stands in the buffer behind the text."""
-    parts, state = model
-    buffer_T, length = np.array(random_prompt(rng, 64), np.int32), 37
-    with jax.set_mesh(parts.mesh):
-        logits = jax.jit(next_logits, static_argnums=0)(parts, state, buffer_T, length)
-        expected = full_logits(parts, state, buffer_T[None, :length])[-1]
-    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_every_device_computes_the_same_on_a_mesh(tokenizer, model, rng):
-    parts = assemble(CONFIG, tokenizer.backend, jax.devices()[:4])
-    sharding = lambda x: NamedSharding(parts.mesh, x.sharding.spec)  # noqa: E731
-
-    def cut(layer, array):
-        """A whole table's array as the four devices own it."""
-        layout = parts.store.layouts[layer]
-        shards = np.zeros((4 * layout.rows_per_shard, *array.shape[1:]), array.dtype)
-        shards[layout.logical_order()] = np.asarray(array)
-        return jax.device_put(shards, sharding(array))
-
-    memory = model[1].memory
-    tables = {layer: jax.tree.map(lambda x, la=layer: cut(la, x), table) for layer, table in memory.tables.items()}
-    bare = dataclasses.replace(model[1], memory=dataclasses.replace(memory, tables={}))
-    state = jax.tree.map(lambda x: jax.device_put(np.asarray(x), sharding(x)), bare)
-    state = dataclasses.replace(state, memory=dataclasses.replace(state.memory, tables=tables))
-    prompt, sampling = random_prompt(rng, 7), Sampling(max_tokens=6, temperature=1.0, top_k=0)
-    assert list(generate(parts, state, prompt, sampling)) == list(generate(*model, prompt, sampling))
-
-
-def test_the_seed_decides_the_text(model, rng):
-    prompt = random_prompt(rng, 5)
-    texts = [
-        list(generate(*model, prompt, Sampling(max_tokens=24, temperature=1.0, top_k=0, seed=seed)))
-        for seed in (0, 0, 1)
-    ]
-    assert texts[0] == texts[1] != texts[2]
-
-
-def test_a_longer_text_begins_like_the_shorter(model, rng):
-    prompt = random_prompt(rng, 5)
-    short, long = (list(generate(*model, prompt, Sampling(max_tokens=n, top_k=0))) for n in (10, 80))
-    assert len(short) == 10 and long[:10] == short
-
-
-def test_it_stops_before_the_end_token(model, rng):
-    prompt, greedy = random_prompt(rng, 5), Sampling(max_tokens=20, temperature=0)
-    whole = list(generate(*model, prompt, greedy))
-    stopped = list(generate(*model, prompt, greedy, eos_id=whole[7]))
-    assert stopped == whole[: whole.index(whole[7])]
-
-
-def test_a_suspended_generator_leaves_no_mesh_behind(model, rng):
-    before = jax.sharding.get_abstract_mesh()
-    tokens = generate(*model, random_prompt(rng, 5), Sampling(max_tokens=3))
-    next(tokens)
-    assert jax.sharding.get_abstract_mesh() == before
-
-
-def draws(logits, temperature: float, top_k: int, count: int = 4000) -> np.ndarray:
-    keys = jax.random.split(jax.random.key(int(np.random.default_rng().integers(1 << 31))), count)
-    return np.asarray(jax.vmap(lambda key: choose(logits, key, temperature, top_k))(keys))
-
-
-def test_top_k_restricts_the_support(rng):
-    logits = jax.numpy.asarray(rng.normal(size=40), "float32")
-    best = np.argsort(-np.asarray(logits))
-    assert set(draws(logits, 5.0, 3)) == set(best[:3])
-    assert set(draws(logits, 5.0, 1)) == {best[0]} == set(draws(logits, 0.0, 0))
-    assert len(set(draws(logits, 100.0, 0))) == 40 == len(set(draws(logits, 100.0, 1000)))
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_softmax(rng, temperature):
-    logits = rng.normal(size=8)
-    expected = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
-    counts = np.bincount(draws(jax.numpy.asarray(logits, "float32"), temperature, 0), minlength=8)
-    # Five standard deviations of a binomial share.
-    np.testing.assert_array_less(np.abs(counts / 4000 - expected), 5 * np.sqrt(expected * (1 - expected) / 4000) + 1e-9)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_tokens": 0}, "max_tokens=0"),
-        ({"temperature": -0.1}, "temperature=-0.1"),
-        ({"top_k": -1}, "top_k=-1"),
-        ({"seed": -1}, "seed=-1"),
-    ],
-)
-def test_settings_that_cannot_work(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        Sampling(**changes)
-
-
-@pytest.mark.parametrize(("prompt", "message"), [([], "empty"), ([5, VOCAB_SIZE], "outside 0..299"), ([-1], "outside")])
-def test_prompts_that_cannot_work(model, prompt, message):
-    with pytest.raises(ConfigError, match=message):
-        next(generate(*model, prompt, Sampling()))
-
-
 # --- the command ---
 
 
@@ -222,7 +88,9 @@ def trained(model, tokenizer, tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(to_dict(parts.config)))
     tokenizer.save(folder / "tokenizer.json")
     with jax.set_mesh(parts.mesh), Checkpoints(folder / "checkpoints", CheckpointConfig(), parts) as checkpoints:
-        checkpoints.save(2, state, {"hash_constants": parts.store.constants.to_dict()})
+        checkpoints.save(
+            2, state, {"hash_constants": parts.store.constants.to_dict(), "vocab_sha256": tokenizer.vocab_sha256}
+        )
     return folder
 
 
@@ -237,19 +105,62 @@ def test_a_trained_run_continues_a_prompt(capsys, trained):
     assert sampled("--max_tokens", "12", "--top_k", "0", "--temperature", "2", "--seed", "1") != text
 
 
-def test_printed_pieces_are_the_decoded_text(capsys, monkeypatch, trained):
-    """Characters of several tokens come whole, and special tokens not at all."""
-    tokenizer = load_tokenizer(trained / "tokenizer.json")
-    ids = [*tokenizer.encode(" 漢字 😀é"), tokenizer.pad_id, *tokenizer.encode("\n  end")]
-    monkeypatch.setattr("engram_jax.inference.sampling.generate", lambda *arguments: iter(ids))
-    assert main([str(trained), "def"]) == 0
-    assert capsys.readouterr().out == "def 漢字 😀é\n  end\n"
+def test_a_file_of_prompts_is_answered_whatever_one_of_them_is(capsys, trained, tmp_path):
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts = ["def é", "x " * 400, "", "import"]
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    options = ["--prompts", str(file), "--max_tokens", "6", "--top_k", "0", "--temperature", "2", "--batch_size", "2"]
+    assert main([str(trained), *options, "--out", str(out)]) == 1
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == prompts
+    assert "max_len=256 leaves no room" in answers[1]["error"] and "text" not in answers[1]
+    assert all(answer["text"] and 1 <= answer["tokens"] <= 6 for answer in (answers[0], answers[2], answers[3]))
+    assert "[3 of 4 prompts, " in capsys.readouterr().err
+    file.write_text("def é\n\nimport\n")
+    assert main([str(trained), *options]) == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["def é", "import"]
+
+
+def test_a_conversation_goes_on_until_the_end_of_input(capsys, monkeypatch, trained):
+    lines = iter(["def é", " more", "x " * 400, "/new", "import"])
+
+    def typed(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", typed)
+    assert main([str(trained), "--interactive", "--max_tokens", "5", "--top_k", "0", "--temperature", "2"]) == 0
+    streams = capsys.readouterr()
+    assert len(streams.out.splitlines()) >= 4 and streams.err.count("tokens/s]") == 3
+    assert "leaves no room for more. /new starts again." in streams.err
+
+
+def test_a_context_longer_than_trained_is_warned_about(capsys, trained):
+    assert main([str(trained), "def", "--max_len", "300", "--max_tokens", "2"]) == 0
+    assert "warning: max_len=300 tokens; the model was trained at 256." in capsys.readouterr().err
+
+
+def test_another_tokenizer_is_refused(capsys, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    vocab = values["model"]["vocab"]
+    vocab["q"], vocab["z"] = vocab["z"], vocab["q"]
+    path.write_text(json.dumps(values))
+    assert main([str(tmp_path / "run"), "def"]) == 1
+    assert "is not the tokenizer this run was trained with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
         (["{run}", "x", "--temperature", "-1"], 2, "temperature=-1"),
+        (["{run}", "--interactive", "--prompts", "{run}/config.json"], 2, "choose one"),
+        (["{run}", "--prompts", "{run}/nowhere"], 2, "cannot be read"),
+        (["{run}", "--prompts", "{run}/config.json"], 2, "line 1: not JSON"),
+        (["{run}", "x", "--mesh_tensor", "8"], 2, "vocab_size=300 is not a multiple"),
         (["{run}/nowhere", "x"], 1, "is not a run"),
     ],
 )

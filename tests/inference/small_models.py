@@ -85,7 +85,7 @@ def _full(parts, state, tokens_BT):
 
 def full_logits(parts, state, tokens_BT) -> np.ndarray:
     """Logits after each token, from one pass over whole sequences: [B, T, V]. Padded behind a causal model's back."""
-    padded_BT = np.zeros((BATCH, MAX_LEN), np.int32)
+    padded_BT = np.zeros((max(len(tokens_BT), BATCH), MAX_LEN), np.int32)
     for row, tokens in zip(padded_BT, tokens_BT, strict=False):
         row[: len(tokens)] = tokens
     with jax.set_mesh(parts.mesh):

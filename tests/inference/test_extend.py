@@ -24,12 +24,13 @@ def _step(parts, state, tokens_BT, count_B, cache):
 class Sequences:
     """A batch that grows: the tokens each sequence holds, the cache, and the logits after every token."""
 
-    def __init__(self, parts, state):
+    def __init__(self, parts, state, batch=BATCH, reference=None):
+        self.reference = reference or (parts, state)
         self.parts, self.state = parts, state
-        self.tokens = [[] for _ in range(BATCH)]
-        self.logits = [[] for _ in range(BATCH)]
+        self.tokens = [[] for _ in range(batch)]
+        self.logits = [[] for _ in range(batch)]
         with jax.set_mesh(parts.mesh):
-            self.cache = new_cache(parts.config.model, BATCH, MAX_LEN, SPARE)
+            self.cache = new_cache(parts.config.model, batch, MAX_LEN, SPARE)
 
     def add(self, chunks, width=None):
         """One step with these new tokens of each sequence, padded with other tokens to `width`."""
@@ -51,9 +52,9 @@ class Sequences:
             del tokens[len(tokens) - count :], logits[len(logits) - count :]
 
     def check(self):
-        expected = full_logits(self.parts, self.state, self.tokens)
+        expected = full_logits(*self.reference, self.tokens)
         for i, (tokens, logits) in enumerate(zip(self.tokens, self.logits, strict=True)):
-            assert int(self.cache.length_B[i]) == len(tokens)
+            assert np.asarray(self.cache.length_B)[i] == len(tokens)
             if tokens:
                 np.testing.assert_allclose(np.array(logits), expected[i, : len(tokens)], rtol=1e-5, atol=1e-5)
 
