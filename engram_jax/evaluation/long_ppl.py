@@ -88,7 +88,7 @@ class LongPPL:
         metrics = {
             "longppl": key_loss.exp() if sum(keys) else key_loss,
             "perplexity": ratio(long_sums, tokens).exp(),
-            "key_share": ratio(keys, tokens, unit="share of tokens", higher_is_better=True),
+            "key_share": ratio(keys, tokens, unit="share of tokens"),
         }
         details = {
             "corpus": documents.name,

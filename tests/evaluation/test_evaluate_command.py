@@ -1,0 +1,173 @@
+"""python -m experiments.evaluate: what it writes, what it shows, and what it says of mistakes."""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from engram_jax.evaluation import tasks as registry
+from engram_jax.evaluation.results import load, metric_of
+from engram_jax.evaluation.statistics import Metric, difference
+from engram_jax.evaluation.tasks import Result, register
+from experiments import evaluate as command
+from experiments.evaluate import main
+
+
+@pytest.fixture
+def counting(monkeypatch):
+    """A task of which nothing is known beforehand: options, an argument, a number that is none."""
+    monkeypatch.setattr(registry, "TASKS", dict(registry.all_tasks()))
+
+    @register("counting")
+    @dataclass(frozen=True)
+    class Counting:
+        """Counts."""
+
+        up_to: int = 3
+
+        def __call__(self, model, shared, argument=""):
+            metrics = {"sum": Metric(float(sum(range(self.up_to + 1))), 0.5), "nothing": Metric(math.nan)}
+            return Result(metrics, {"argument": argument, "numbers": np.arange(2), "largest": np.float32(2)})
+
+    return Counting
+
+
+@pytest.fixture
+def runs(run_dir, bare_run_dir, tmp_path):
+    """Copies, to write results into."""
+    for folder in (run_dir, bare_run_dir):
+        shutil.copytree(folder, tmp_path / folder.name)
+    return tmp_path / run_dir.name, tmp_path / bare_run_dir.name
+
+
+def table_row(out: str, name: str) -> list[str]:
+    [line] = [line for line in out.splitlines() if line.startswith(f"| {name} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_two_runs_side_by_side(capsys, runs):
+    with_memory, bare = runs
+    options = ["--limit", "4", "--perplexity.stride", "48", "--batch_tokens", "256"]
+    assert main([str(with_memory), str(bare), *options, "--seed", "5"]) == 0
+    out = capsys.readouterr().out
+    records = [load(path / "evaluations" / "perplexity.json") for path in runs]
+    for record, name in zip(records, ("with_memory", "without_memory"), strict=True):
+        assert record["run"]["name"] == name and record["run"]["step"] == 4 and record["seed"] == 5
+        assert record["run"]["config"]["model"]["hidden_size"] == 32
+        assert {"python", "jax", "jaxlib", "flax", "numpy", "engram_jax"} <= set(record["versions"])
+        assert record["command"][:4] == ["python", "-m", "experiments.evaluate", str(with_memory)]
+        assert record["commit"] is None or len(record["commit"].removesuffix("+changes")) == 40
+        assert record["tasks"]["perplexity"]["options"] == {"context": 0, "stride": 48, "ngram_order": 3}
+        assert record["tasks"]["perplexity"]["details"]["stride"] == 48
+    assert [record["memory_scale"] for record in records] == [{"0": 1.0, "1": 1.0}, {}]
+
+    [ours, theirs] = [record["tasks"]["perplexity"] for record in records]
+    losses = [metric_of(task["metrics"]["loss"]) for task in (ours, theirs)]
+    assert table_row(out, "perplexity: loss (nats per token)") == [f"{m.value:.4f} ± {m.stderr:.4f}" for m in losses]
+    per_document = [np.array(task["details"]["per_document"]["loss"]) for task in (theirs, ours)]
+    paired = difference(*per_document, ours["details"]["per_document"]["tokens"])
+    assert table_row(out, "perplexity: loss, minus with_memory") == ["-", f"{paired.value:+.4f} ± {paired.stderr:.4f}"]
+    assert "perplexity: loss by occurrences of the last n-gram in training" in out and "scored other" not in out
+
+    assert main([str(bare), str(with_memory), "--table"]) == 0
+    again = capsys.readouterr().out
+    assert table_row(again, "perplexity: loss (nats per token)")[::-1] == table_row(
+        out, "perplexity: loss (nats per token)"
+    )
+
+
+def test_the_knock_out_is_a_column_of_its_own(capsys, runs, counting):
+    with_memory, _ = runs
+    for scale in ([], ["--memory_scale", "0"], ["--memory_scale", "1=0.5"]):
+        assert main([str(with_memory), "--tasks", "counting", *scale]) == 0
+    names = sorted(path.name for path in (with_memory / "evaluations").iterdir())
+    assert names == ["counting-memory-0.json", "counting-memory-1=0.5.json", "counting.json"]
+    capsys.readouterr()
+    assert main([str(with_memory), "--table"]) == 0
+    header = capsys.readouterr().out.splitlines()[0]
+    for label in (" with_memory ", " with_memory (memory 0) ", " with_memory (memory 0=1 1=0.5) "):
+        assert f"|{label}" in header
+    assert load(with_memory / "evaluations" / "counting-memory-0.json")["memory_scale"] == {"0": 0.0, "1": 0.0}
+
+
+def test_any_task_of_the_registry(capsys, runs, counting, tmp_path):
+    """With its options, its argument, and numbers that JSON does not know."""
+    with_memory, _ = runs
+    options = [
+        "--tasks",
+        "counting:apples",
+        "--counting.up_to",
+        "4",
+        "--name",
+        "fruit",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main([str(with_memory), *options]) == 0
+    assert table_row(capsys.readouterr().out, "counting:apples: sum") == ["10.0000 ± 0.5000"]
+    text = (tmp_path / "out" / "fruit.json").read_text()
+    assert "NaN" not in text
+    task = json.loads(text)["tasks"]["counting:apples"]
+    assert task["options"] == {"up_to": 4} and task["metrics"]["nothing"]["value"] is None
+    assert task["details"] == {"argument": "apples", "numbers": [0, 1], "largest": 2.0}
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fruit.json"]
+
+
+def test_the_paper_beside_it(capsys, runs, counting):
+    with_memory, _ = runs
+    assert main([str(with_memory), "--tasks", "counting", "--paper"]) == 0
+    out = capsys.readouterr().out
+    assert table_row(out, "Pile (loss)") == ["-", "2.091", "1.960", "1.950", "1.942"]
+    assert table_row(out, "RULER NIAH multi-query") == ["-", "84.2", "89.5", "97.0", "97.0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        ([], 2, "give the folders"),
+        (["{run}/nowhere"], 1, "is not a run"),
+        (["{run}", "--tasks", "perplexty"], 2, "there is no task 'perplexty'; the nearest: 'perplexity'"),
+        (["{run}", "--limit", "-1"], 2, "limit=-1"),
+        (["{run}", "--perplexity.stride", "-3"], 2, "perplexity.stride=-3"),
+        (["{run}", "--memory_scale", "7=0"], 2, "no Engram layer is called '7'"),
+        (["{bare}", "--memory_scale", "0"], 2, "no memory to scale"),
+        (["{run}", "{bare}", "--output", "x"], 2, "--output=x"),
+        (["{run}", "--name", "a/b"], 2, "name='a/b'"),
+        (["{run}", "--table"], 2, "holds no results"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_computed(
+    capsys, monkeypatch, run_dir, bare_run_dir, options, status, message
+):
+    from engram_jax.evaluation.under_test import UnderTest
+
+    monkeypatch.setattr(UnderTest, "load", None)
+    assert main([option.format(run=run_dir, bare=bare_run_dir) for option in options]) == status
+    streams = capsys.readouterr()
+    assert streams.out == "" and streams.err.startswith("error: ") and streams.err.count("\n") == 1
+    assert message in streams.err
+
+
+def test_results_that_cannot_be_read_are_named(capsys, runs):
+    with_memory, _ = runs
+    (with_memory / "evaluations").mkdir()
+    for text, message in (
+        ("{", "cannot be read"),
+        ('{"a": 1}', "lacks format"),
+        ('{"format": 9, "tasks": {}, "run": {}}', "format 9"),
+    ):
+        (with_memory / "evaluations" / "x.json").write_text(text)
+        assert main([str(with_memory), "--table"]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_help_lists_the_tasks_and_their_options(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.parse(["--help"])
+    out = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for word in ("--tasks", "--corpus", "--memory_scale", "--perplexity.stride", "--longppl.short_context"):
+        assert word in out
