@@ -31,6 +31,7 @@ MODULES = (
     "engram_jax.evaluation.corpus_perplexity",
     "engram_jax.evaluation.long_ppl",
     "engram_jax.evaluation.ruler.task",
+    "engram_jax.evaluation.lm_eval_task",
 )
 """Where tasks are registered, in the order in which --help lists them."""
 

@@ -1,0 +1,38 @@
+"""lm-evaluation-harness's own command line, which then knows trained runs as the model `engram_jax`:
+
+    python -m engram_jax.evaluation.lm_eval --model engram_jax --model_args run_dir=RUN_DIR --tasks hellaswag
+
+All the harness's options work (`--help`), among them --include_path for tasks on disk. A program of our own, because
+the harness finds models in its own package only. Model arguments: run_dir, max_length (default: the trained context),
+batch_tokens, memory_scale, seed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+from engram_jax.config import ConfigError
+from engram_jax.evaluation.lm_eval_task import MISSING
+from engram_jax.training.errors import RunError
+
+
+def main() -> int:
+    """Returns the exit status: 2 after a mistake in the arguments, 1 if the run cannot be read."""
+    if importlib.util.find_spec("lm_eval") is None:
+        print(f"error: {MISSING}", file=sys.stderr)
+        return 2
+    from lm_eval.__main__ import cli_evaluate
+
+    import engram_jax.evaluation.lm_eval_model  # noqa: F401  (registers the model)
+
+    try:
+        cli_evaluate()
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
