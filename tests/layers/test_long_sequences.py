@@ -80,7 +80,9 @@ def test_the_mask_at_every_query(row):
 @pytest.mark.parametrize("factor", [1.0, 10.0])
 def test_attention_at_far_positions(row, factor):
     """Queries around 4,096 and at the end: a softmax over their own document, keys rotated by complex numbers."""
-    config = AttentionConfig(qk_nope_head_dim=0, qk_rope_head_dim=4, yarn=YarnConfig(factor, mscale=1.0, mscale_all_dim=1.0))
+    config = AttentionConfig(
+        qk_nope_head_dim=0, qk_rope_head_dim=4, yarn=YarnConfig(factor, mscale=1.0, mscale_all_dim=1.0)
+    )
     segments, positions = row
     rng = np.random.default_rng()
     q, k, v = rng.normal(size=(3, 2, T, 1, 4))
