@@ -3,11 +3,11 @@
   python -m experiments.compile NAME --topology v5p-64 [--field value ...]
 
   --topology v5p-64      64 chips of v5p (numbers are CHIPS; gcloud's v5p-128), or the slice's shape: v5p:4x4x4.
-                         Chips: v5e, v5p, v6e, 7x. A wrong one lists those that there are.
+                         Chips: v4, v5e, v5p, v6e, 7x. A wrong one lists those that there are.
                          Mesh and sequences at a time are chosen for it (experiments/slices.py), unless the overrides
                          name an axis of the mesh or --train.grad_accum.
   --slices N             N such slices, joined by the slower network; the mesh's data axis counts over them first
-  --programs train eval  which steps (default: both)
+  --programs train eval  which steps (default: these); decode: a token each for data.batch_size sequences of seq_len
   --suggest              if it does not fit: compile the standard remedies, and rank what fits by its estimated time
   --out DIR              where NAME-TOPOLOGY.json and .md go (default compile/)
   --keep_hlo             the programs' text beside them
@@ -38,6 +38,7 @@ from experiments.slices import laid_out
 
 FITS, GAVE_UP, MISTAKE, TOO_LARGE = 0, 1, 2, 3
 PROGRAMS = ("train", "eval")
+MORE_PROGRAMS = ("decode",)
 
 Compile = Callable[..., dict[str, Any]]
 
@@ -65,8 +66,9 @@ def run(arguments: list[str]) -> int:
     require(options.topology is not None, "say for which chips: --topology v5p-64, for example.")
     where = topology(options.topology, options.slices)
     config = parse(_start(build(name), where, overrides), overrides).config
-    wrong = set(options.programs) - set(PROGRAMS)
-    require(not wrong, f"--programs {' '.join(sorted(wrong))} is none of {', '.join(PROGRAMS)}.")
+    wrong = set(options.programs) - {*PROGRAMS, *MORE_PROGRAMS}
+    known = ", ".join((*PROGRAMS, *MORE_PROGRAMS))
+    require(not wrong, f"--programs {' '.join(sorted(wrong))} is none of {known}.")
 
     from engram_jax.aot.render import headline, page
 

@@ -12,9 +12,9 @@ from engram_jax.config import RunConfig, replace
 
 ROOM = 0.6
 """Share of a device's memory for what a sequence needs while it is trained on."""
-PER_STREAM_BYTE = 4.6
+PER_STREAM_BYTE = 2.9
 """Bytes a sequence needs for each byte of residual streams that its blocks hand on (engram_27b, 5 sequences of 4,096 at
-a time compiled for v5p-64: 57 GB of temporaries for 12.6 GB)."""
+a time compiled for v5p-64: 36 GB of temporaries for 12.6 GB)."""
 
 
 def laid_out(run: RunConfig, where: Topology) -> RunConfig:

@@ -82,27 +82,29 @@ def _child(ordered: dict[str, Any]) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
-    from engram_jax.aot.lowering import TooLarge, arguments, compiled, lower, make_parts
+    from engram_jax.aot.lowering import DECODE, TooLarge, arguments, compiled, decode_arguments, lower, make_parts
     from engram_jax.aot.report import program_report, too_large_report
 
     config = from_dict(RunConfig, ordered["config"])
     name, slices = ordered["topology"]
     where = topology(name, slices)
-    several = {"num_slices": slices} if slices > 1 else {}
+    settings: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if where.chip.libtpu_config:
+        settings["chip_config_name"] = where.chip.libtpu_config
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **settings).devices
     except Exception as error:  # libtpu's own
         return {"config_error": f"libtpu knows no topology {name!r}: {str(error).splitlines()[0]}"}
     reports = {}
     try:
         parts = make_parts(config, devices)
         with jax.set_mesh(parts.mesh):
-            given = arguments(parts)
             for program in ordered["programs"]:
+                given = decode_arguments(parts, arguments(parts)) if program == DECODE else arguments(parts)
                 try:
                     done = compiled(lower(program, parts, given), ordered["detail"])
                 except TooLarge as error:
-                    reports[program] = too_large_report(error, given, parts, where)
+                    reports[program] = too_large_report(error, given.named(), parts, where)
                     continue
                 reports[program] = program_report(program, done, parts, where)
                 if ordered["keep_hlo"]:

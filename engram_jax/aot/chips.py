@@ -3,9 +3,9 @@
 Sizes count CHIPS everywhere in this project: `v5p-64` is 64 chips, v5p:4x4x4. (gcloud's accelerator types count
 TensorCores for v4 and v5p: there the same slice is v5p-128.)
 
-Figures: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, as of November 2026. `clock_ghz` is not published for all:
-it is the published FLOP/s over the multiply-adds of the matrix units, and serves to turn the compiler's cycles into
-seconds only.
+Figures: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, as of November 2026. `clock_ghz` is not published for
+all: it is the published FLOP/s over the multiply-adds of the matrix units, and serves to turn the compiler's cycles
+into seconds only. Of v4 the network's rate is six links of 50 GB/s, and its rate between slices is not published: v5e's.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class Chip:
     chips_per_host: int = 4
     usual: tuple[str, ...] = ()
     """The shapes of its usual slices."""
+    libtpu_config: str = ""
+    """Where libtpu must be told what a VM does by itself: that v4's two TensorCores are one device."""
 
 
 _2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -54,6 +56,21 @@ _3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "
 CHIPS = {
     chip.name: chip
     for chip in (
+        Chip(
+            "v4",
+            "v4",
+            int(30.75 * GIB),
+            275e12,
+            1200e9,
+            300e9,
+            3.1e9,
+            407 * 10**9,
+            3,
+            4096,
+            1.05,
+            usual=_3D,
+            libtpu_config="megacore",
+        ),
         Chip("v5e", "v5e", int(15.75 * GIB), 197e12, 819e9, 200e9, 3.1e9, 192 * 10**9, 2, 256, 1.5, usual=_2D),
         Chip(
             "v5p",
@@ -151,4 +168,4 @@ def _exists(chip: Chip, dims: tuple[int, ...]) -> bool:
 def _usual(chip: Chip) -> str:
     listed = ", ".join(f"{chip.name}-{math.prod(_dims(shape))} = {shape}" for shape in chip.usual)
     cubes = f" (and any AxBxC of multiples of 4, A <= B <= C, up to {chip.max_chips} chips)" if chip.torus == 3 else ""
-    return f"{chip.name} comes as {listed}{cubes}. Numbers are chips; gcloud's v5p-N counts TensorCores, two to a chip."
+    return f"{chip.name} comes as {listed}{cubes}. Numbers are chips; gcloud's v4-N and v5p-N count TensorCores, two to a chip."

@@ -12,6 +12,7 @@ from engram_jax.config import ConfigError
         ("v5p-64", "v5p:4x4x4", 64, 64, 16),
         ("v5p:4x4x4", "v5p:4x4x4", 64, 64, 16),
         ("v5p-128", "v5p:4x4x8", 128, 128, 32),
+        ("v4-32", "v4:2x4x4", 32, 32, 8),
         ("v5e-256", "v5e:16x16", 256, 256, 64),
         ("v6e-8", "v6e:2x4", 8, 8, 2),
         ("7x-64", "tpu7x:4x4x4", 64, 128, 16),
@@ -33,7 +34,7 @@ def test_slices_multiply():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("v9-64", "v5e, v5p, v6e, 7x"),
+        ("v9-64", "v4, v5e, v5p, v6e, 7x"),
         ("v5p", "v5p-64 or v5p:4x4x4"),
         ("v5p-96", "v5p-128 = 4x4x8"),
         ("v5p:4x4x6", "multiples of 4"),
@@ -42,6 +43,7 @@ def test_slices_multiply():
         ("v5e:32x8", "v5e-256 = 16x16"),
         ("v6e-512", "v6e-256"),
         ("v5p:24x24x24", "6144"),
+        ("v4:16x16x20", "4096"),
     ],
 )
 def test_a_slice_that_is_none_gets_those_that_are(name, said):
