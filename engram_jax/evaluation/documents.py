@@ -12,8 +12,9 @@ from functools import cached_property
 import numpy as np
 
 from engram_jax.config import ConfigError, DataConfig
-from engram_jax.data.corpora import Corpus, open_corpus
+from engram_jax.data.corpora import Corpus
 from engram_jax.data.loader import TextData, load_data
+from engram_jax.data.mixture import chained, open_sources
 from engram_jax.data.packing import TokenStream
 from engram_jax.evaluation.tasks import Shared
 from engram_jax.evaluation.under_test import UnderTest
@@ -98,7 +99,8 @@ def open_documents(model: UnderTest, shared: Shared, own: OwnText) -> Documents:
     if shared.corpus:
         config = DataConfig(corpus=shared.corpus, text_key=shared.text_key)
         try:
-            return Documents(shared.corpus, model, open_corpus(config), shared.limit)
+            sources = [corpus for corpus, _ in open_sources(config)]
+            return Documents(shared.corpus, model, chained(shared.corpus, sources), shared.limit)
         except ConfigError as error:
             raise _as_option(error) from error
     corpus = model.parts.config.data.corpus

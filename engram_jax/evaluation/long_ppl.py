@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SHORT_SHARE = 8  # 4,096 of 32,768 tokens in the paper
 BATCHES_AT_A_TIME = 32
+FEW_KEYS = 100
+"""Below this a warning says so."""
 SLIDE_SHARE = 4  # 1,024 of 4,096 in its code
 
 
@@ -85,6 +87,11 @@ class LongPPL:
         for run in {model, evaluator}:
             run.warn_if_longer(longest, f"longppl: a document of {documents.name}")
         key_loss = ratio(sums, keys)
+        if sum(keys) < FEW_KEYS:
+            model.warn_once(
+                f"longppl: only {sum(keys):.0f} of {sum(tokens):,.0f} tokens are key tokens, so the number says "
+                "little: give more or longer documents, or a model that gains from its context."
+            )
         metrics = {
             "longppl": key_loss.exp() if sum(keys) else key_loss,
             "perplexity": ratio(long_sums, tokens).exp(),

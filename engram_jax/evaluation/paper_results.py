@@ -1,8 +1,8 @@
 """The figures of the paper's Tables 1 and 2 (arXiv:2601.07372), as reference columns.
 
 They were measured on models a thousand times the size of the laptop's, on other text and with another tokenizer: they
-show what a memory is worth there and are no target for a small run. `ours` names the metrics of this package that
-measure the same thing, if one does.
+show what a memory is worth there and are no target for a small run. `ours` names the metric of this package that comes
+nearest; the paper does not say which of a benchmark's several accuracies it gives, nor how it was prompted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class PaperRow:
     """As printed, with shots and metric."""
     values: tuple[float, ...]
     ours: tuple[str, ...]
-    """Metrics `TASK/NAME` of this package for the same quantity, the first that exists counts. May be empty."""
+    """Patterns `TASK/METRIC` (as file names are matched) for the same quantity here; the first that fits counts."""
     scale: float
     """What our metric is multiplied by to be in the paper's unit (100 for percent)."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ BUCKETED = {
     "by_position": "position in the document",
 }
 """Details with losses by bucket."""
+PAPER_LENGTH = "32768"
 PAIRED = {"loss": "tokens", "bits_per_byte": "bytes"}
 """Metrics that are compared document by document, and what each document weighs."""
 
@@ -152,17 +154,28 @@ def _buckets(words: Sequence[str], found: Sequence[Column]) -> list[tuple[str, l
 def _beside_the_paper(table: PaperTable, found: Sequence[Column]) -> list[str]:
     rows = []
     for row in table.rows:
-        ours = [cell(_ours(column, row.ours, row.scale)) for column in found]
         digits = max(len(str(value).partition(".")[2]) for value in row.values)  # as printed: 1.960 beside 2.091
+        ours = [_ours(column, row.ours, row.scale) for column in found]
         rows.append([row.name, *ours, *[f"{value:.{digits}f}" for value in row.values]])
     header = [f"the paper's {table.title}", *[column.label for column in found], *table.models]
     return markdown(header, rows)
 
 
-def _ours(column: Column, names: Sequence[str], scale: float) -> Metric | None:
-    """The first of these metrics that the run has, in the paper's unit."""
-    for name in names:
-        word, _, metric = name.partition("/")
-        if (task := column.tasks.get(word)) and metric in task["metrics"]:
-            return metric_of(task["metrics"][metric]).scaled(scale, "")
-    return None
+def _ours(column: Column, patterns: Sequence[str], scale: float) -> str:
+    """What the run has of a row, in the paper's unit; a length that is not the paper's (`vt@512`) is named."""
+    for pattern in patterns:
+        of_task, _, of_metric = pattern.partition("/")
+        fitting = [
+            (name, metric)
+            for word, task in column.tasks.items()
+            if fnmatchcase(word, of_task)
+            for name, metric in task["metrics"].items()
+            if fnmatchcase(name, of_metric)
+        ]
+        if fitting:
+            lengths = [length if (length := name.rpartition("@")[2]).isdigit() else "0" for name, _ in fitting]
+            name, metric = max(zip(lengths, fitting, strict=True), key=lambda pair: int(pair[0]))[1]
+            length = name.rpartition("@")[2]
+            where = f" at {length}" if "@" in of_metric and length != PAPER_LENGTH else ""
+            return cell(metric_of(metric).scaled(scale, "")) + where
+    return "-"

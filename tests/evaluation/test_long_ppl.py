@@ -34,6 +34,9 @@ class Finder:
         if length > self.context:
             self.warnings.append(length)
 
+    def warn_once(self, message):
+        self.warnings.append(message)
+
 
 def document(length: int, *needles: int) -> np.ndarray:
     ids = np.full(length, 3)
@@ -112,7 +115,17 @@ def test_defaults_are_the_published_proportions(evaluate):
 def test_context_beyond_the_trained_is_named(evaluate):
     model = Finder()
     evaluate(LongPPL(context=100, short_context=8), [document(90)], model)
-    assert model.warnings == [89]
+    assert 89 in model.warnings
+
+
+def test_few_key_tokens_are_named(evaluate):
+    few, many = Finder(), Finder(context=1000)
+    evaluate(LongPPL(short_context=8), [document(41, 2, 30)], few)
+    [warning] = few.warnings
+    assert "only 1 of 33 tokens are key tokens" in warning
+    # A needle every 20 ids, 16 of them between it and the short window's end.
+    evaluate(LongPPL(short_context=4), [document(401, *range(2, 400, 20)) for _ in range(6)], many)
+    assert many.warnings == []
 
 
 @pytest.mark.parametrize(

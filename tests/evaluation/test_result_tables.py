@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from engram_jax.evaluation.paper_results import PaperRow, PaperTable, paper_tables
+from engram_jax.evaluation.ruler.families import GROUPS
 from engram_jax.evaluation.table import columns, render
 
 
@@ -111,6 +112,27 @@ def test_the_papers_tables():
     assert all(len(row.values) == 4 for row in (*first.rows, *second.rows))
 
 
-def test_ours_stands_in_the_papers_unit():
-    table = PaperTable("Table 9", ("Big",), (PaperRow("MMLU", (60.4,), ("none/acc", "perplexity/loss"), 100.0),))
-    assert rows(shown(record("a"), record("b", task="x"), paper=[table]))["MMLU"] == ["266.67 ± 25.00", "-", "60.4"]
+@pytest.mark.parametrize(
+    ("patterns", "metrics", "expected"),
+    [
+        (("none/acc", "perplexity/loss"), {"loss": 0.5}, "50.0000 ± 25.0000"),
+        (("perplexity/exact_match*",), {"loss": 0.5, "exact_match[strict]": 0.25}, "25.0000 ± 25.0000"),
+        (("perp*/vt@*",), {"vt@512": 0.1, "vt@32768": 0.3, "vt@4096": 0.2}, "30.0000 ± 25.0000"),
+        (("perp*/vt@*",), {"vt@512": 0.1, "vt@4096": 0.2}, "20.0000 ± 25.0000 at 4096"),
+        (("perplexity/acc",), {"loss": 0.5}, "-"),
+    ],
+)
+def test_ours_stands_in_the_papers_unit(patterns, metrics, expected):
+    table = PaperTable("Table 9", ("Big",), (PaperRow("MMLU", (60.4,), patterns, 100.0),))
+    given = record("a")
+    given["tasks"]["perplexity"]["metrics"] = {name: {"value": x, "stderr": 0.25} for name, x in metrics.items()}
+    assert rows(shown(given, paper=[table]))["MMLU"] == [expected, "60.4"]
+
+
+def test_every_pattern_of_the_papers_rows_names_a_task():
+    """`lm_eval:NAME/METRIC` or a group of RULER's."""
+    patterns = [pattern for table in paper_tables() for row in table.rows for pattern in row.ours]
+    assert len(patterns) > 20
+    for pattern in patterns:
+        word, _, metric = pattern.partition("/")
+        assert word.startswith("lm_eval:") or (word == "ruler*" and metric.partition("@")[0] in GROUPS)
