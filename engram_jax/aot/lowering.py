@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,9 +19,12 @@ from jax.sharding import NamedSharding
 from tokenizers import Tokenizer, models
 
 from engram_jax.config import RunConfig
+from engram_jax.inference.cache import Cache, new_cache
+from engram_jax.inference.engine import check_decodes, next_logits
+from engram_jax.inference.served import Served, served
 from engram_jax.memory.plan import capacity
 from engram_jax.memory.store import Held, MemoryPlan
-from engram_jax.sharding import spec
+from engram_jax.sharding import BATCH, spec
 from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.planner import Planner
 from engram_jax.training.state import Batch, TrainState
@@ -28,6 +32,8 @@ from engram_jax.training.step import make_eval_step, make_train_step
 from engram_jax.training.stepper import reads_ahead
 
 PROGRAMS = ("train", "eval")
+DECODE = "decode"
+"""One more, when asked for: a token for each of data.batch_size sequences, whose caches have data.seq_len places."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +45,22 @@ class Arguments:
     plan: MemoryPlan
     held: Held | None
     """Rows read before the step: the next batch's are read in it, or the tables lie outside the program."""
+
+    def named(self) -> dict[str, Any]:
+        return {"state": self.state, "batch": self.batch, "plan": self.plan, "held": self.held}
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeArguments:
+    """The same of one step of decoding (inference/engine.py)."""
+
+    served: Served
+    cache: Cache
+    token_B: jax.ShapeDtypeStruct
+    is_drawn_B: jax.ShapeDtypeStruct
+
+    def named(self) -> dict[str, Any]:
+        return {"served": self.served, "cache": self.cache}
 
 
 def stand_in_tokenizer(vocab_size: int, canonical_size: int = 0) -> Tokenizer:
@@ -60,13 +82,7 @@ def make_parts(config: RunConfig, devices: Sequence[Any]) -> Parts:
 def arguments(parts: Parts) -> Arguments:
     """Call under `jax.set_mesh(parts.mesh)`."""
 
-    def on_chips(tree: Any) -> Any:
-        def described(x: Any) -> jax.ShapeDtypeStruct:
-            dims = x.sharding.spec if x.sharding is not None else jax.P()
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(parts.mesh, dims))
-
-        return jax.tree.map(described, tree)
-
+    on_chips = partial(_on_chips, parts)
     store, data = parts.store, parts.config.data
     by_batch = NamedSharding(parts.mesh, spec("batch", "seq"))  # type: ignore[arg-type]
     tokens = jax.ShapeDtypeStruct((data.batch_size, data.seq_len), jnp.int32, sharding=by_batch)
@@ -92,6 +108,27 @@ def arguments(parts: Parts) -> Arguments:
     return Arguments(state, batch, plan, held)
 
 
+def decode_arguments(parts: Parts, given: Arguments) -> DecodeArguments:
+    """Call under `jax.set_mesh(parts.mesh)`. Raises `ConfigError` if the mesh or the placement is none for decoding."""
+    check_decodes(parts)
+    data, on_chips = parts.config.data, partial(_on_chips, parts)
+    weights = on_chips(jax.eval_shape(partial(served, parts), given.state))
+    cache = on_chips(jax.eval_shape(partial(new_cache, parts.config.model, data.batch_size, data.seq_len)))
+    token_B, is_drawn_B = (
+        jax.ShapeDtypeStruct((data.batch_size,), dtype, sharding=NamedSharding(parts.mesh, jax.P(BATCH)))
+        for dtype in (jnp.int32, jnp.bool)
+    )
+    return DecodeArguments(replace(weights, memory=given.state.memory), cache, token_B, is_drawn_B)
+
+
+def _on_chips(parts: Parts, tree: Any) -> Any:
+    def described(x: Any) -> jax.ShapeDtypeStruct:
+        dims = x.sharding.spec if x.sharding is not None else jax.P()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(parts.mesh, dims))
+
+    return jax.tree.map(described, tree)
+
+
 def _rows(parts: Parts, layer: str, plan: MemoryPlan) -> jax.ShapeDtypeStruct:
     """The rows of a table that this plan reads, at their owners."""
     store = parts.store
@@ -99,8 +136,12 @@ def _rows(parts: Parts, layer: str, plan: MemoryPlan) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((places, store.config.engram_head_dim), store.row_dtype)
 
 
-def lower(program: str, parts: Parts, given: Arguments) -> jax.stages.Lowered:
-    """The lowered step `train` or `eval`. Call under `jax.set_mesh(parts.mesh)`."""
+def lower(program: str, parts: Parts, given: Arguments | DecodeArguments) -> jax.stages.Lowered:
+    """The lowered step of a program. Call under `jax.set_mesh(parts.mesh)`."""
+    if isinstance(given, DecodeArguments):
+        tokens = jax.ShapeDtypeStruct((len(given.token_B), 1), jnp.int32)  # as they come from the host
+        new = (given.token_B, tokens, given.token_B, given.is_drawn_B)
+        return next_logits.lower(parts, given.served, given.cache, *new)
     if program == "train":
         step: Any = make_train_step(parts)
         if given.held is None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from engram_jax.aot import hlo
 from engram_jax.aot.chips import Topology
-from engram_jax.aot.lowering import Arguments
 from engram_jax.aot.shapes import HBM, HOST
 from engram_jax.training.assembly import Parts
 
@@ -26,6 +26,10 @@ ARGUMENTS = {
     "plan": "batch and plan",
     "next_plan": "batch and plan",
     "held": "rows read ahead",
+    "served.params": "params",
+    "served.memory.tables": "memory table",
+    "served": "other state",
+    "cache": "cache",
 }
 """Groups of a step's arguments by how their names begin; the longest that fits counts."""
 
@@ -57,9 +61,8 @@ def _group(name: str) -> str:
     return ARGUMENTS[max(fitting, key=len)] if fitting else "other"
 
 
-def argument_groups(given: Arguments) -> Counter[str]:
+def argument_groups(named: Mapping[str, Any]) -> Counter[str]:
     """Bytes of a step's arguments on one device by group, from their shapes and shardings alone."""
-    named = {"state": given.state, "batch": given.batch, "plan": given.plan, "held": given.held}
     groups: Counter[str] = Counter()
     for path, x in jax.tree_util.tree_leaves_with_path(named):
         if x.sharding.memory_kind != "pinned_host":

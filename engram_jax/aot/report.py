@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax
 from engram_jax.aot import hlo
 from engram_jax.aot.chips import Topology
 from engram_jax.aot.collectives import Collective, Network, collectives
-from engram_jax.aot.lowering import Arguments, Compiled, TooLarge
+from engram_jax.aot.lowering import DECODE, Compiled, TooLarge
 from engram_jax.aot.memory import argument_groups, hbm, host, largest_buffers
 from engram_jax.aot.work import Work, work
 from engram_jax.counts import flops_per_token
@@ -32,8 +33,11 @@ LARGE = 2**20
 def program_report(program: str, compiled: Compiled, parts: Parts, where: Topology) -> dict[str, Any]:
     module, each = hlo.parse(compiled.text), where.chip.devices
     done, sent = work(module), collectives(module, Network.of(parts.mesh))
-    data, share = parts.config.data, {"train": 1.0, "eval": 1 / 3}[program]
-    tokens, worst = data.batch_size * data.seq_len, hlo.parse(compiled.text, every_branch=True)
+    data, share = parts.config.data, 1.0 if program == "train" else 1 / 3
+    tokens, worst = (
+        data.batch_size * (1 if program == DECODE else data.seq_len),
+        hlo.parse(compiled.text, every_branch=True),
+    )
     useful = share * flops_per_token(parts.config.model, data.seq_len) * tokens / where.chips
     return {
         "mesh": dict(parts.mesh.shape),
@@ -57,7 +61,7 @@ def program_report(program: str, compiled: Compiled, parts: Parts, where: Topolo
     }
 
 
-def too_large_report(error: TooLarge, given: Arguments, parts: Parts, where: Topology) -> dict[str, Any]:
+def too_large_report(error: TooLarge, given: Mapping[str, Any], parts: Parts, where: Topology) -> dict[str, Any]:
     """Of a program that the compiler gave up: what it said it needs, and the arguments without their tiles."""
     groups = {name: where.chip.devices * size for name, size in argument_groups(given).items()}
     needed = max(where.chip.devices * error.needed, sum(groups.values()))

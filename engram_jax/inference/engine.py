@@ -88,11 +88,7 @@ class Engine:
             batch_size % shards == 0,
             f"batch_size={batch_size} is not a multiple of the {shards} devices on the mesh axes {', '.join(BATCH)}.",
         )
-        require(
-            parts.mesh.shape["context"] == 1,
-            f"mesh_context={parts.mesh.shape['context']}: a sequence that is decoded is not cut over devices. "
-            "Give these to mesh_tensor or mesh_fsdp.",
-        )
+        check_decodes(parts)
         self.parts, self.max_len, self.chunk, self.spare = parts, max_len, min(chunk, max_len), spare
         with jax.set_mesh(parts.mesh):
             self._served = served(parts, state)
@@ -205,7 +201,7 @@ class Engine:
                 if place.made == sampling.max_tokens or len(place.held) + 1 == self.max_len:
                     place.request = None  # this step draws its last token
         logits_BV, self._cache = self._run(
-            _logits, self.parts, self._served, self._cache, self._last_B, tokens_BT, count_B, feeds_drawn_B
+            next_logits, self.parts, self._served, self._cache, self._last_B, tokens_BT, count_B, feeds_drawn_B
         )
         cut = (sampling.temperature, sampling.top_k, sampling.top_p)
         seed = np.uint32(sampling.seed)
@@ -218,8 +214,23 @@ class Engine:
             return program(*arguments)
 
 
+def check_decodes(parts: Parts) -> None:
+    """Raises `ConfigError` if the parts cannot be decoded with."""
+    context, placement = parts.mesh.shape["context"], parts.config.memory.placement
+    require(
+        context == 1,
+        f"mesh_context={context}: a sequence that is decoded is not cut over devices. Give these to mesh_tensor or "
+        "mesh_fsdp.",
+    )
+    require(
+        parts.store.placement.in_program,
+        f"memory.placement={placement}: decoding reads its rows within its program, which cannot reach these tables. "
+        "Choose device, host or tiered.",
+    )
+
+
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _logits(
+def next_logits(
     parts: Parts,
     served: Served,
     cache: Cache,
