@@ -149,6 +149,9 @@ def initial_state(parts: Parts, source: Source, tokenizer: Tokenizer, log: Calla
         memory = MemoryState({}, {})
     log(f"Begins with step {step} of {source.run_dir}: parameters{' and tables' if source.has_memory else ''}.")
 
+    if remark := _context_remark(parts.config, source.config):
+        log(remark)
+
     def begin(params: dict, buffers: dict) -> TrainState:
         zero = jnp.zeros((), jnp.int32, out_sharding=spec())
         return TrainState(zero, params, buffers, parts.optimizer.init(params), MemoryState({}, {}))
@@ -160,6 +163,24 @@ def initial_state(parts: Parts, source: Source, tokenizer: Tokenizer, log: Calla
 def _with_model_of(theirs: RunConfig, ours: RunConfig) -> RunConfig:
     """Our run of their model, but for our context: theirs may be too short for our sequences."""
     return replace(ours, model=replace(theirs.model, attention__yarn=ours.model.attention.yarn))
+
+
+def _context_remark(ours: RunConfig, theirs: RunConfig) -> str:
+    """What is odd about the stage's context; it may be meant."""
+    trained, yarn = theirs.data.seq_len, ours.model.attention.yarn
+    if theirs.model.attention.yarn.enabled:
+        return ""
+    if not yarn.enabled and ours.data.seq_len > trained:
+        return (
+            f"warning: data.seq_len={ours.data.seq_len}, and the source was trained at {trained} without YaRN: see "
+            "model.attention.yarn.factor."
+        )
+    if yarn.enabled and yarn.original_max_position_embeddings != trained:
+        return (
+            f"warning: model.attention.yarn.original_max_position_embeddings={yarn.original_max_position_embeddings}, "
+            f"and the source was trained at {trained}."
+        )
+    return ""
 
 
 def _source_parts(parts: Parts, theirs: RunConfig, tokenizer: Tokenizer) -> Parts:

@@ -37,11 +37,11 @@ def second_stage(config, source, **changes):
     return replace(config, **(stage | changes))
 
 
-def begin(config, tokenizer, num_devices=2):
+def begin(config, tokenizer, num_devices=2, log=print):
     """Parts and the initial state on some devices."""
     parts = assemble(config, tokenizer, jax.devices()[:num_devices])
     with jax.set_mesh(parts.mesh):
-        return parts, initial_state(parts, find_source(config), tokenizer, print)
+        return parts, initial_state(parts, find_source(config), tokenizer, log)
 
 
 def on_devices(parts, batch):
@@ -51,7 +51,9 @@ def on_devices(parts, batch):
 @pytest.mark.parametrize("row_dtype", ["float32", "bfloat16"])
 def test_takes_over_what_was_learnt_and_begins_anew(config, straight, row_dtype):
     own = straight.result.text.tokenizer.backend
-    parts, state = begin(second_stage(config, straight.folder, memory__row_dtype=row_dtype), own)
+    lines = []
+    parts, state = begin(second_stage(config, straight.folder, memory__row_dtype=row_dtype), own, log=lines.append)
+    assert not any("warning" in line for line in lines)
     assert int(state.step) == 0
     for name in ("params", "buffers"):
         jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(straight.state, name))
@@ -100,21 +102,15 @@ def test_a_second_stage_trains_and_resumes_without_its_source(config, straight, 
 
 
 @pytest.fixture(scope="module")
-def backbone(config, tokenizer, tmp_path_factory):
+def backbone(config, straight, tokenizer, tmp_path_factory):
     """The folder of a run without memory, saved at birth."""
     folder = tmp_path_factory.mktemp("backbone")
     config = replace(config, model__engram=EngramConfig(), model__num_hidden_layers=3, name="moe")
     parts = assemble(config, tokenizer, jax.devices()[:2])
 
-    class Text:
-        class tokenizer:
-            sha256 = "a"
-
-        corpus_sha256 = "b"
-
     with jax.set_mesh(parts.mesh), Checkpoints(folder / "checkpoints", CheckpointConfig(), parts) as checkpoints:
         state = parts.init_state()
-        checkpoints.save(7, jax.tree.map(lambda x: x, state), meta(parts.config, Text, parts))  # type: ignore[arg-type]
+        checkpoints.save(7, jax.tree.map(lambda x: x, state), meta(parts.config, straight.result.text, parts))
     (folder / "config.json").write_text(json.dumps(to_dict(parts.config)))
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder, parts, jax.device_get(state)
@@ -158,6 +154,16 @@ def test_a_new_memory_begins_silent_and_learns_alone(config, backbone, tokenizer
     trained = sum(x.size for x in jax.tree.leaves(before.params["engram"]))
     assert sum(x.size for x in jax.tree.leaves(after.opt_state)) <= 2 * trained + 10
     assert 0 < metrics["grad_norm"] < np.inf
+
+
+@pytest.mark.parametrize(
+    ("yarn", "says"),
+    [(YarnConfig(), "yarn.factor"), (YarnConfig(factor=4.0), "original_max_position_embeddings=4096")],
+)
+def test_an_odd_context_is_remarked(config, straight, yarn, says):
+    own, lines = straight.result.text.tokenizer.backend, []
+    begin(second_stage(config, straight.folder, model__attention__yarn=yarn), own, log=lines.append)
+    assert any(line.startswith("warning: ") and says in line and "trained at 32" in line for line in lines)
 
 
 @pytest.mark.parametrize(
