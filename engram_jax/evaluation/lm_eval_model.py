@@ -139,8 +139,9 @@ class EngramLM(TemplateLM):
             def evaluate(chosen: Sequence[int], sampling=sampling, until=until) -> Iterator[str]:
                 contexts = [requests[index].args[0] for index in chosen]
                 room = self.max_length - sampling.max_tokens
-                made = self.model.generate([self.tok_encode(context)[-room:] for context in contexts], sampling)
-                for index, ids in zip(chosen, made, strict=True):
+                heard = Heard(self.model.tokenizer.decode, until, len(chosen))
+                self.model.generate([self.tok_encode(context)[-room:] for context in contexts], sampling, heard)
+                for index, ids in zip(chosen, heard.ids, strict=True):
                     text = until_first(self.model.tokenizer.decode(ids), until)
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
                     yield text
@@ -188,6 +189,24 @@ class EngramLM(TemplateLM):
 
 
 register_model("engram_jax")(EngramLM)  # not as a decorator, behind which type checkers lose sight of the class
+
+
+class Heard:
+    """The ids of texts as they are written, and whether a stop string has come.
+
+    The id that completes a stop string is kept: its text may begin before the stop.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str], count: int):
+        self.ids: list[list[int]] = [[] for _ in range(count)]
+        self._decode, self._stops = decode, [stop for stop in stops if stop]
+        # An id stands for a byte at least, and a character has up to four.
+        self._reach = max((len(stop.encode()) for stop in self._stops), default=0) + 4
+
+    def __call__(self, index: int, token: int) -> bool:
+        self.ids[index].append(token)
+        tail = self._decode(self.ids[index][-self._reach :]) if self._stops else ""
+        return any(stop in tail for stop in self._stops)
 
 
 def until_first(text: str, stops: Sequence[str]) -> str:

@@ -122,8 +122,15 @@ class UnderTest:
                     scored[index] = Scored(losses_BT[row, :count], is_greedy_BT[row, :count])
         return [result for result in scored if result is not None]
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        ends: Callable[[int, int], bool] = lambda index, token: False,
+    ) -> list[list[int]]:
         """New ids for each prompt (which begins with bos), up to `sampling.max_tokens` or before the first eos.
+
+        `ends(index, id)` hears of each new id but eos, in order: True ends that prompt before the id.
 
         Raises:
           ConfigError: a prompt is empty or holds an id outside the vocabulary.
@@ -138,7 +145,14 @@ class UnderTest:
             self._engines.clear()  # one cache in memory at a time
             batch_size = min(LARGEST_BATCH, max(1, self.batch_tokens // length))
             self._engines[length] = Engine(self.parts, self.state, batch_size, length)
-        return self._engines[length].generate(prompts, sampling, self.tokenizer.eos_id)
+        eos_id, made = self.tokenizer.eos_id, [[] for _ in prompts]
+
+        def is_over(index: int, token: int) -> bool:
+            return token == eos_id or ends(index, token)
+
+        for index, token in self._engines[length].stream(prompts, sampling, is_over):
+            made[index].append(token)
+        return made
 
     def greedy(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """`generate` with the most probable id each time."""
