@@ -5,7 +5,7 @@ TensorCores for v4 and v5p: there the same slice is v5p-128.)
 
 Figures: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, as of November 2026. `clock_ghz` is not published for
 all: it is the published FLOP/s over the multiply-adds of the matrix units, and serves to turn the compiler's cycles
-into seconds only. Of v4 the network's rate is six links of 50 GB/s, and its rate between slices is not published: v5e's.
+into seconds only. Of v4 the network's rate is six links of 50 GB/s; between slices, where nothing is published, v5e's.
 """
 
 from __future__ import annotations
@@ -168,4 +168,5 @@ def _exists(chip: Chip, dims: tuple[int, ...]) -> bool:
 def _usual(chip: Chip) -> str:
     listed = ", ".join(f"{chip.name}-{math.prod(_dims(shape))} = {shape}" for shape in chip.usual)
     cubes = f" (and any AxBxC of multiples of 4, A <= B <= C, up to {chip.max_chips} chips)" if chip.torus == 3 else ""
-    return f"{chip.name} comes as {listed}{cubes}. Numbers are chips; gcloud's v4-N and v5p-N count TensorCores, two to a chip."
+    counts = "Numbers are chips; gcloud's v4-N and v5p-N count TensorCores, two to a chip."
+    return f"{chip.name} comes as {listed}{cubes}. {counts}"
