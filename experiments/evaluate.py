@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -39,6 +39,12 @@ class Options:
     """What the memory's rows are multiplied by: one number (0: off) or LAYER=NUMBER for some layers (1=0 2=0.5)."""
     batch_tokens: int = 4096
     """Tokens computed at a time, about."""
+    placement: Literal["", "device", "host"] = ""
+    """Where the tables lie; empty: as in training."""
+    mesh_fsdp: int = 1
+    """Devices over which the weights are cut, and the sequences."""
+    mesh_tensor: int = 1
+    """Devices over which heads, feed-forward widths and the vocabulary are cut."""
     name: str = ""
     """Of the results' file. Empty: made from the tasks, the corpus and the memory scale."""
     output: Path | None = None
@@ -100,13 +106,16 @@ def evaluate(options: Options, tasks: dict[str, Any], command: Sequence[str]) ->
     from engram_jax.evaluation import results
     from engram_jax.evaluation.table import columns
     from engram_jax.evaluation.under_test import UnderTest
+    from experiments.run import keep_compiled_programs
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     records = []
     for run_dir in options.run_dirs:
-        model = UnderTest.load(run_dir, options.batch_tokens, options.memory_scale, log)
+        keep_compiled_programs(run_config(run_dir))
+        mesh = {"fsdp": options.mesh_fsdp, "tensor": options.mesh_tensor}
+        model = UnderTest.load(run_dir, options.batch_tokens, options.memory_scale, log, mesh, options.placement)
         path = (options.output or run_dir / results.FOLDER) / f"{options.name or file_name(options)}.json"
         entries: dict[str, Any] = {}
         for word, (name, argument) in chosen.items():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engram_jax import __version__
-from engram_jax.config import ConfigError, require, to_dict
+from engram_jax.config import ConfigError, require
 from engram_jax.evaluation.statistics import Metric
 from engram_jax.evaluation.tasks import Result, Shared
 from engram_jax.training.errors import RunError
@@ -47,13 +47,13 @@ def record(model: UnderTest, shared: Shared, tasks: Mapping[str, dict[str, Any]]
         "shared": asdict(shared),
         "versions": versions(),
         "commit": commit(),
-        "device": f"{device.platform}: {device.device_kind}",
+        "device": f"{model.parts.mesh.size} x {device.device_kind} ({device.platform})",
         "run": {
             "name": model.name,
             "step": model.step,
             "tokenizer_sha256": model.tokenizer.sha256,
             "corpus_sha256": model.corpus_sha256,
-            "config": to_dict(model.parts.config),
+            "config": json.loads((model.run_dir / "config.json").read_text()),  # as trained, not as evaluated
         },
         "memory_scale": {str(layer): scale for layer, scale in model.memory_scale.items()},
         "tasks": dict(tasks),

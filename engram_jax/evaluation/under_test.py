@@ -25,6 +25,7 @@ from engram_jax.data.tokenizer import Tokenizer, load_tokenizer
 from engram_jax.evaluation.knock_out import parse_scales, scale_memory
 from engram_jax.inference.sampling import Sampling
 from engram_jax.layers.cross_entropy import NO_LOSS
+from engram_jax.sharding import BATCH, placed
 from engram_jax.training.assembly import Parts
 from engram_jax.training.run_folder import load_run
 from engram_jax.training.state import TrainState
@@ -67,14 +68,20 @@ class UnderTest:
         batch_tokens: int = 4096,
         memory_scale: Sequence[str] = (),
         log: Callable[[str], None] = print,
+        mesh: Mapping[str, int] | None = None,
+        placement: str = "",
     ) -> UnderTest:
-        """A run's newest checkpoint, on one device; `memory_scale` as evaluation/knock_out.py reads it.
+        """A run's newest checkpoint.
+
+        Args:
+          memory_scale: as evaluation/knock_out.py reads it.
+          mesh, placement: devices and where the tables lie, as `load_run` takes them. Without them one device.
 
         Raises:
           RunError: the folder is not a run, has no checkpoint, or a tokenizer that is not the run's.
-          ConfigError: a scale that makes no sense.
+          ConfigError: a scale that makes no sense, or a mesh that does not fit.
         """
-        state, parts = load_run(run_dir, log)
+        state, parts = load_run(run_dir, log, mesh=mesh, placement=placement)
         tokenizer = load_tokenizer(run_dir / "tokenizer.json")
         scales = parse_scales(memory_scale, parts.config.model.engram)
         with jax.set_mesh(parts.mesh):
@@ -113,7 +120,7 @@ class UnderTest:
         for index, sequence in enumerate(sequences):
             by_length.setdefault(padded_length(len(sequence) - 1), []).append(index)
         for length, indices in sorted(by_length.items(), reverse=True):  # the largest first: what fails, fails early
-            batch_size = max(1, self.batch_tokens // length)
+            batch_size = self._batch_size(self.batch_tokens // length)
             for start in range(0, len(indices), batch_size):
                 chosen = indices[start : start + batch_size]
                 losses_BT, is_greedy_BT = self._score_batch([sequences[i] for i in chosen], batch_size, length)
@@ -143,7 +150,7 @@ class UnderTest:
         length = padded_length(longest)
         if length not in self._engines:
             self._engines.clear()  # one cache in memory at a time
-            batch_size = min(LARGEST_BATCH, max(1, self.batch_tokens // length))
+            batch_size = self._batch_size(min(LARGEST_BATCH, self.batch_tokens // length))
             self._engines[length] = Engine(self.parts, self.state, batch_size, length)
         eos_id, made = self.tokenizer.eos_id, [[] for _ in prompts]
 
@@ -158,6 +165,11 @@ class UnderTest:
         """`generate` with the most probable id each time."""
         return self.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0))
 
+    def _batch_size(self, wanted: int) -> int:
+        """At most `wanted`, but a multiple of the devices that sequences are spread over."""
+        shards = math.prod(self.parts.mesh.shape[axis] for axis in BATCH)
+        return max(1, wanted // shards) * shards
+
     def warn_once(self, message: str) -> None:
         if message not in self._said:
             self._said.add(message)
@@ -166,9 +178,11 @@ class UnderTest:
     def warn_if_longer(self, length: int, what: str) -> None:
         """Says once what was trained, where `what` is `length` tokens long and that is more."""
         if length > self.context:
+            yarn = self.parts.config.model.attention.yarn
+            reach = f" Its rotations are stretched (YaRN) for {yarn.max_position_embeddings:,}." if yarn.enabled else ""
             self.warn_once(
                 f"{what} has {length:,} tokens of context, and {self.name} was trained with data.seq_len="
-                f"{self.context:,}: positions beyond were never seen in training."
+                f"{self.context:,}: positions beyond were never seen in training.{reach}"
             )
 
     def _check(self, sequence: Sequence[int] | np.ndarray) -> None:
@@ -189,7 +203,9 @@ class UnderTest:
             is_id[row, : len(sequence)] = True
         targets = np.where(is_id[:, 1:], ids[:, 1:], np.int32(NO_LOSS))
         with jax.set_mesh(self.parts.mesh):
-            hidden_BTD = _hidden(self.parts, self.state, ids[:, :-1], is_id[:, :-1].astype(np.int32))
+            arrays = ids[:, :-1], is_id[:, :-1].astype(np.int32)
+            hidden_BTD = _hidden(self.parts, self.state, *(placed(jnp.asarray(x), "batch", "seq") for x in arrays))
+            targets = placed(jnp.asarray(targets), "batch", None)
             chunk = chunk_length(batch_size, length, self.parts.config.model.vocab_size)
             outputs = [
                 _score(self.parts, chunk, self.state, hidden_BTD, targets, start) for start in range(0, length, chunk)
@@ -214,15 +230,17 @@ def _hidden(parts: Parts, state: TrainState, tokens_BT: jax.Array, segment_ids_B
     plan = parts.store.plan(tokens_BT, segment_ids_BT)
     rows = parts.store.fetch(state.memory, plan, state.step)
     model = parts.model(state.params, state.buffers)
-    return model.hidden(tokens_BT, rows, segment_ids_BT)[0]
+    return placed(model.hidden(tokens_BT, rows, segment_ids_BT)[0], "batch", None, None)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _score(parts: Parts, chunk: int, state: TrainState, hidden_BTD, targets_BT, start) -> tuple[jax.Array, jax.Array]:
     """float32 losses and whether the target is the most probable id, of `chunk` positions from `start`: [B, C] each."""
     hidden_BCD, targets_BC = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=1) for x in (hidden_BTD, targets_BT))
+    targets_BC = placed(targets_BC, "batch", "seq")
     logits_BCV = parts.model(state.params, state.buffers).logits(hidden_BCD).astype(jnp.float32)
     is_target_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])[None, None]
     target_BC = jnp.sum(jnp.where(is_target_BCV, logits_BCV, 0), axis=-1)
     losses_BC = jnp.where(targets_BC == NO_LOSS, 0, jax.nn.logsumexp(logits_BCV, axis=-1) - target_BC)
-    return losses_BC, jnp.argmax(logits_BCV, axis=-1) == targets_BC
+    is_greedy_BC = jnp.argmax(logits_BCV, axis=-1) == targets_BC
+    return placed(losses_BC, None, None), placed(is_greedy_BC, None, None)

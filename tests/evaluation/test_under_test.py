@@ -94,3 +94,21 @@ def test_a_tokenizer_other_than_the_runs_is_refused(bare_run_dir, tmp_path):
     train_tokenizer([text] * 2, 300).save(tmp_path / "tokenizer.json")
     with pytest.raises(RunError, match="not the tokenizer this run was trained with"):
         UnderTest.load(tmp_path)
+
+
+def test_greedy_takes_the_id_that_scores_call_greedy(model, rng):
+    prompts = sequences(rng, (5, 30, 17))
+    for prompt, new in zip(prompts, model.greedy(prompts, 6), strict=True):
+        assert len(new) == 6 or model.score([[*prompt, *new, model.tokenizer.eos_id]])[0].is_greedy[-1]
+        [scored] = model.score([[*prompt, *new]])
+        assert scored.is_greedy[len(prompt) - 1 :].all()
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(model, run_dir, rng):
+    """Sequences over two devices, and heads, widths, vocabulary over two more; the table's rows over all four."""
+    given = sequences(rng, (20, 64, 90))
+    cut = UnderTest.load(run_dir, batch_tokens=256, mesh={"fsdp": 2, "tensor": 2})
+    assert cut.parts.mesh.size == 4
+    for ours, theirs in zip(cut.score(given), model.score(given), strict=True):
+        np.testing.assert_allclose(ours.losses, theirs.losses, rtol=2e-4, atol=2e-4)
