@@ -18,6 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from engram_jax import __version__
 from engram_jax.config import require
 from engram_jax.evaluation.under_test import UnderTest
 from engram_jax.inference.sampling import Sampling
@@ -66,6 +67,16 @@ class EngramLM(TemplateLM):
         from lm_eval.utils import simple_parse_args_string
 
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results."""
+        return {
+            "engram_jax_version": __version__,
+            "run": str(self.model.run_dir),
+            "step": self.model.step,
+            "memory_scale": {str(layer): scale for layer, scale in self.model.memory_scale.items()},
+            "max_length": self.max_length,
+        }
 
     @property
     def eot_token_id(self) -> int:

@@ -275,7 +275,9 @@ def test_the_harness_from_its_command_line(tasks, expected, run_dir, tmp_path, m
     monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
     assert command.main() == 0
     [file] = tmp_path.rglob("results*.json")
-    results = json.loads(file.read_text())["results"]
+    saved = json.loads(file.read_text())
+    results = saved["results"]
+    assert saved["config"]["step"] == 4 and saved["config"]["memory_scale"] == {"0": 1.0, "1": 1.0}
     assert results["own_choice"]["acc,none"] == pytest.approx(expected[0])
     assert results["own_rolling"]["bits_per_byte,none"] == pytest.approx(expected[1], rel=1e-5)
     assert "|own_choice" in capsys.readouterr().out
@@ -308,6 +310,12 @@ def test_results_under_short_names():
     assert list(metrics) == ["acc", "em[strict]", "part.ppl"]
     assert (metrics["acc"].value, metrics["acc"].stderr, metrics["acc"].count) == (0.25, 0.1, 4)
     assert metrics["em[strict]"].stderr is None and not metrics["part.ppl"].higher_is_better
+
+
+def test_model_arguments_as_one_string(run_dir):
+    lm = EngramLM.create_from_arg_string(f"run_dir={run_dir},max_length=12,memory_scale=0.5,batch_tokens=99,seed=3")
+    assert (lm.max_length, lm.model.batch_tokens, lm.seed) == (12, 99, 3)
+    assert lm.get_model_info()["memory_scale"] == {"0": 0.5, "1": 0.5}
 
 
 # --- mistakes ---

@@ -81,7 +81,7 @@ def test_scores_are_shares_of_the_answers_in_percent(tokenizer, essays, tmp_path
     assert any("vt@700 is left out" in line for line in model.said) and model.longest <= 1400
     assert any("the longest item is longer" in line for line in model.said)
     # What is saved scores the same with a few lines of Python.
-    [vt] = (tmp_path / "out").glob("vt@*.jsonl")
+    [vt] = (tmp_path / "out" / "fake").glob("vt@*.jsonl")
     lines = [json.loads(line) for line in vt.read_text().splitlines()]
     shares = [sum(answer in line["pred"] for answer in line["outputs"]) / 5 for line in lines]
     assert len(lines) == 4 and np.mean(shares) * 100 == pytest.approx(metrics["vt@1400"].value)

@@ -54,7 +54,7 @@ class Ruler:
     data: str = ""
     """A folder of items that RULER's own scripts made (FAMILY/validation.jsonl), to use instead."""
     save: str = ""
-    """A folder for all items with the model's answers, as FAMILY@LENGTH.jsonl. Empty: not kept."""
+    """A folder for all items with the model's answers, as RUN/FAMILY@LENGTH.jsonl. Empty: not kept."""
 
     def __post_init__(self):
         require(self.samples > 0, f"ruler.samples={self.samples} must be positive.")
@@ -82,7 +82,7 @@ class Ruler:
             )
             details[part.name] = _describe(part, predictions)
             if self.save:
-                write_items(Path(self.save) / f"{part.name}.jsonl", part.items, predictions)
+                write_items(Path(self.save) / model.name / f"{part.name}.jsonl", part.items, predictions)
         metrics = scores | averages(scores)
         return Result(metrics, {"seed": shared.seed, "samples": count, "too_long": too_long, "families": details})
 
