@@ -351,6 +351,13 @@ def test_tasks_that_cannot_be_had(tasks, model, tmp_path):
         LmEval(include=str(tmp_path))(model, Shared(), "own_broken")
 
 
+def test_without_the_harness_it_is_named(model, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"lm_eval is not installed: pip install 'engram_jax\[eval\]'"):
+        LmEval()(model, Shared(), "own_choice")
+    assert command.main() == 2 and "engram_jax[eval]" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_harness_has_its_own_tasks(model):
     with pytest.raises(ConfigError, match=r"no task 'hellaswg'; the nearest: hellaswag"):

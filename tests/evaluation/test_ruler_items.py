@@ -320,8 +320,8 @@ def test_other_files_are_refused(tmp_path, read, content):
 
 
 def test_texts_without_words_of_their_own_get_made_up_ones():
-    texts = Texts.of(["Über 12 Äpfel.  Ja, a b c!\n\nchapter one ends here"])
-    assert texts.sentences == ("Über 12 Äpfel.", "Ja, a b c!", "chapter one ends here")
+    texts = Texts.of(["Über 12 Äpfel.  Ja, a b c!\n\nchapter one ends here", "下雨了。河很宽。"])
+    assert texts.sentences == ("Über 12 Äpfel.", "Ja, a b c!", "chapter one ends here", "下雨了。", "河很宽。")
     assert len(set(texts.words)) == LEAST_WORDS and {"chapter", "ends", "here"} <= set(texts.words)
     assert all(re.fullmatch("[a-z]{4,10}", word) for word in texts.words)
     with pytest.raises(ConfigError, match=r"ruler\.essays"):

@@ -18,7 +18,7 @@ LEAST_WORDS = 8_000
 """RULER's word list (wonderwords) has about as many."""
 MAX_CHARACTERS = 4_000_000
 """Of text read for haystacks: 128k tokens take about half a million."""
-SENTENCE_END = re.compile(r"\n\s*\n|(?<=[.!?])\s+")
+SENTENCE_END = re.compile(r"\n\s*\n|(?<=[.!?])\s+|(?<=[。！？])")  # noqa: RUF001  (no space follows the latter)
 WORD = re.compile(r"\b[a-z]{4,10}\b")
 
 
