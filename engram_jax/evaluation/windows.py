@@ -1,8 +1,8 @@
 """Documents longer than the context, scored in windows that overlap.
 
 With context C and stride S the first window scores C tokens, each given all before it; every further window scores the
-next S, and begins C - S tokens before the first of them. So each token is scored once, given its whole document up to
-C tokens, and given at least C - S beyond.
+next S, and begins C - S + 1 tokens before the first of them. So each token is scored once, given its whole document up
+to C tokens, and given at least C - S + 1 beyond.
 """
 
 from __future__ import annotations

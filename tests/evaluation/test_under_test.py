@@ -1,5 +1,6 @@
 """Batched, padded, chunked scoring against one pass over each sequence alone."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from engram_jax.config import ConfigError
 from engram_jax.data.tokenizer import train_tokenizer
 from engram_jax.evaluation import under_test
+from engram_jax.evaluation.knock_out import scale_memory
 from engram_jax.evaluation.under_test import UnderTest, chunk_length, padded_length
 from engram_jax.training.errors import RunError
 
@@ -96,7 +98,12 @@ def test_a_tokenizer_other_than_the_runs_is_refused(bare_run_dir, tmp_path):
         UnderTest.load(tmp_path)
 
 
-def test_greedy_takes_the_id_that_scores_call_greedy(model, rng):
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_greedy_takes_the_id_that_scores_call_greedy(model, rng, scale):
+    """With the memory on and off: decoding sees the knock-out as scoring does."""
+    with jax.set_mesh(model.parts.mesh):
+        state = scale_memory(model.state, {0: scale, 1: scale})
+    model = dataclasses.replace(model, state=state, _engines={})
     prompts = sequences(rng, (5, 30, 17))
     for prompt, new in zip(prompts, model.greedy(prompts, 6), strict=True):
         assert len(new) == 6 or model.score([[*prompt, *new, model.tokenizer.eos_id]])[0].is_greedy[-1]
