@@ -24,6 +24,8 @@ from engram_jax.config import ConfigError, RunConfig, from_dict, require
 from engram_jax.evaluation.knock_out import parse_scales
 from engram_jax.evaluation.tasks import Shared, all_tasks, split_name
 from engram_jax.training.errors import RunError
+from experiments.registry import nearest
+from experiments.run import field_paths, keep_compiled_programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +66,8 @@ def parse(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     """The options, and every task with its own.
 
     Raises:
-      ConfigError: a value that an option refuses, in one line.
-      SystemExit: tyro's own, for --help and words it cannot place.
+      ConfigError: an unknown option, by the nearest known one, or a value that an option refuses.
+      SystemExit: tyro's own, for --help and values that do not fit their type.
     """
     fields = [(name, task, dataclasses.field(default_factory=task)) for name, task in all_tasks().items()]
     every_option = dataclasses.make_dataclass("EveryOption", fields, bases=(Options,), frozen=True, kw_only=True)
@@ -73,12 +75,13 @@ def parse(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            options = tyro.cli(
+            options, unknown = tyro.cli(
                 every_option,
                 args=list(arguments),
                 prog="python -m experiments.evaluate",
                 config=(tyro.conf.AvoidSubcommands,),
                 use_underscores=True,
+                return_unknown_args=True,
             )
     except SystemExit as exit:
         # tyro frames a config's own error in a box; the error itself is what led to the exit.
@@ -88,6 +91,10 @@ def parse(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
                 raise cause from None
         print(messages.getvalue(), end="", file=sys.stderr)
         raise
+    if unknown:
+        word = unknown[0].split("=")[0]
+        hint = nearest(word, [f"--{path.removeprefix('shared.')}" for path in field_paths(options)])
+        raise ConfigError(f"cannot make sense of {word!r}{hint or '; --help lists all options'}.")
     return options, {name: getattr(options, name) for name in all_tasks()}
 
 
@@ -106,7 +113,6 @@ def evaluate(options: Options, tasks: dict[str, Any], command: Sequence[str]) ->
     from engram_jax.evaluation import results
     from engram_jax.evaluation.table import columns
     from engram_jax.evaluation.under_test import UnderTest
-    from experiments.run import keep_compiled_programs
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)

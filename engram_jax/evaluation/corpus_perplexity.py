@@ -37,7 +37,7 @@ class Perplexity:
             require(value >= 0, f"perplexity.{name}={value} must be 0 or positive.")
 
     def __call__(self, model: UnderTest, shared: Shared, argument: str = "") -> Result:
-        from engram_jax.evaluation.documents import OwnText, fingerprint, open_documents
+        from engram_jax.evaluation.documents import Fingerprint, OwnText, open_documents
         from engram_jax.evaluation.windows import score_documents
 
         require(not argument, f"perplexity takes no argument, not {argument!r}: give the text with --corpus.")
@@ -47,14 +47,14 @@ class Perplexity:
         byte_lengths, own = model.tokenizer.byte_lengths(), OwnText(model)
         documents = open_documents(model, shared, own)
         counts = self._counts(model, own)
-        tally, scored_ids = Tally(byte_lengths, counts), []
+        tally, scored_tokens = Tally(byte_lengths, counts), Fingerprint()
         for ids, scored in score_documents(model, documents, context, stride):
             model.warn_if_longer(min(len(ids) - 1, context), f"perplexity: a document of {documents.name}")
             tally.add(ids, scored)
-            scored_ids.append(ids)
+            scored_tokens.add(ids)
         settings = {"corpus": documents.name, "context": context, "stride": stride, "ngram_order": self.ngram_order}
         result = tally.result()
-        return Result(result.metrics, settings | result.details | {"documents_sha256": fingerprint(scored_ids)})
+        return Result(result.metrics, settings | result.details | {"documents_sha256": scored_tokens.hexdigest()})
 
     def _counts(self, model: UnderTest, own: OwnText) -> NgramCounts | None:
         if not self.ngram_order:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,12 +106,17 @@ def open_documents(model: UnderTest, shared: Shared, own: OwnText) -> Documents:
     return Documents(f"held out of {corpus}", model, own.data.validation.stream, shared.limit)
 
 
-def fingerprint(documents: list[np.ndarray]) -> str:
+class Fingerprint:
     """sha256 over ids and boundaries: equal if and only if two evaluations scored the same tokens."""
-    digest = hashlib.sha256(json.dumps([len(ids) for ids in documents]).encode())
-    for ids in documents:
-        digest.update(np.ascontiguousarray(ids, "<i4").tobytes())
-    return digest.hexdigest()
+
+    def __init__(self):
+        self._digest = hashlib.sha256()
+
+    def add(self, ids: np.ndarray) -> None:
+        self._digest.update(len(ids).to_bytes(8, "little") + np.ascontiguousarray(ids, "<i4").tobytes())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 def _as_option(error: ConfigError) -> ConfigError:

@@ -88,6 +88,17 @@ def test_another_corpus_has_its_own_documents(model, texts, held_out, own, tmp_p
     assert first.details["by_ngram_frequency"] == {}
 
 
+def test_several_sources_are_read_one_after_the_other(model, held_out, own, tmp_path):
+    """In whole, whatever their weights; and one word moved across a boundary is another text."""
+    for name, texts in (("a", held_out[:3]), ("b", held_out[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shared = Shared(corpus=f"{tmp_path}/a.jsonl:0.9,{tmp_path}/b.jsonl:0.1")
+    result = Perplexity(ngram_order=0)(model, shared)
+    assert result.details["documents_sha256"] == own.details["documents_sha256"]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "".join(held_out[:3])}) + "\n")
+    assert Perplexity(ngram_order=0)(model, shared).details["documents_sha256"] != own.details["documents_sha256"]
+
+
 def test_a_limit_spreads_over_the_held_out_documents(model, own):
     few = Perplexity(ngram_order=0)(model, Shared(limit=3)).details["per_document"]["tokens"]
     everything = own.details["per_document"]["tokens"]

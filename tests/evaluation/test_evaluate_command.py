@@ -131,6 +131,8 @@ def test_the_paper_beside_it(capsys, runs, counting):
         (["{run}/nowhere"], 1, "is not a run"),
         (["{run}", "--tasks", "perplexty"], 2, "there is no task 'perplexty'; the nearest: 'perplexity'"),
         (["{run}", "--limit", "-1"], 2, "limit=-1"),
+        (["{run}", "--perplexity.strid", "3"], 2, "'--perplexity.strid'; the nearest is '--perplexity.stride'"),
+        (["{run}", "--corpu", "x"], 2, "the nearest is '--corpus'"),
         (["{run}", "--perplexity.stride", "-3"], 2, "perplexity.stride=-3"),
         (["{run}", "--memory_scale", "7=0"], 2, "no Engram layer is called '7'"),
         (["{bare}", "--memory_scale", "0"], 2, "no memory to scale"),
