@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from random import Random
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from engram_jax.config import ConfigError
 from engram_jax.data.tokenizer import train_tokenizer
 from engram_jax.evaluation.ruler.families import FAMILIES, GROUPS, chosen
 from engram_jax.evaluation.ruler.items import DoesNotFitError, make_items
+from engram_jax.evaluation.ruler.needles import Needles, at_depths, at_random
 from engram_jax.evaluation.ruler.question_files import read_hotpot, read_squad
 from engram_jax.evaluation.ruler.scoring import cleaned, string_match_all, string_match_part
 from engram_jax.evaluation.ruler.words import LEAST_WORDS, NOISE, Texts
@@ -174,6 +176,26 @@ def test_needles_lie_at_all_depths(tokenizer, texts, seed):
     made = make_items(FAMILIES["niah_single_2"], tokenizer, 1200, 40, seed, texts)
     depths = [item.input.index("One special") / len(item.input) for item in made]
     assert min(depths) < 0.25 and max(depths) > 0.6 and len({round(d, 2) for d in depths}) > 10
+
+
+@pytest.mark.parametrize("place", [at_depths, at_random])
+@pytest.mark.parametrize("size", [1, 3, 40, 200])
+def test_placing_keeps_lines_and_needles_in_their_order(place, size, seed):
+    lines, needles = [f"line {i}" for i in range(size)], [f"needle {i}" for i in range(5)]
+    seen = set()
+    for attempt in range(20):
+        placed = place(Random(seed + attempt), lines, needles)
+        assert [line for line in placed if line in lines] == lines
+        assert [line for line in placed if line in needles] == needles and len(placed) == size + 5
+        seen.add(placed.index("needle 0"))
+    assert size == 1 or len(seen) > 1
+
+
+def test_distractors_are_for_other_keys(texts, seed, monkeypatch):
+    drawn = iter(["asked", "1", "other", "2", "asked", "asked", "third", "3"])
+    monkeypatch.setattr("engram_jax.evaluation.ruler.needles.draw", lambda rng, kind, texts: next(drawn))
+    lines = Needles("needle", "words", "numbers").distractors(Random(seed), 2, ["asked", "1"], texts)
+    assert lines == ["One special number for other is 2.", "One special number for third is 3."]
 
 
 # --- variables, words, questions ---
