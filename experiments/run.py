@@ -158,8 +158,9 @@ def keep_compiled_programs(config: RunConfig) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
 
 
-def parse(config: RunConfig, overrides: Sequence[str]) -> Options:
-    """The options, with `config` changed by the overrides.
+def parse(config: RunConfig, overrides: Sequence[str], command: str = "", about: str = "") -> Options:
+    """The options, with `config` changed by the overrides. `command` and `about` are what --help calls a run that is
+    not registered.
 
     Raises:
       ConfigError: an unknown field, by the nearest known one, or a value that a config refuses.
@@ -172,8 +173,8 @@ def parse(config: RunConfig, overrides: Sequence[str]) -> Options:
                 Options,
                 default=Options(config),
                 args=list(overrides),
-                prog=f"python -m experiments.run {config.name}",
-                description=re.sub(r"(?<!\n)\n(?!\n)", "\n\n", _doc(config.name)),  # tyro joins single lines
+                prog=command or f"python -m experiments.run {config.name}",
+                description=re.sub(r"(?<!\n)\n(?!\n)", "\n\n", about or _doc(config.name)),  # tyro joins single lines
                 config=(tyro.conf.AvoidSubcommands,),
                 use_underscores=True,
                 return_unknown_args=True,

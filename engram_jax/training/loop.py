@@ -157,6 +157,15 @@ def _train(config: RunConfig, run_dir: Path, log: Log, profile: Profile | None, 
                 elif looks:
                     writer.write(step, looks)
 
+            if restored is None and source is not None:
+                # On all of the hold-out, so that it can be compared with the source's result.json.
+                paused = time.perf_counter()
+                with goodput.on("evaluation"):
+                    begun = validate(config.train.eval_batches_final)
+                progress.pause(time.perf_counter() - paused)
+                writer.write(0, {"validation_loss": begun.loss, "bits_per_byte": begun.bits_per_byte})
+                log(f"step 0  validation loss {begun.loss:.4f}  {begun.bits_per_byte:.4f} bits/byte, as it begins")
+
             step, status = first_step, FINISHED
             goodput.turn_to("steps")
             while step < config.train.steps and not status:

@@ -77,7 +77,8 @@ def test_a_second_stage_trains_and_resumes_without_its_source(config, straight, 
     lines = []
     whole = train(config, tmp_path / "whole", lines.append)
     assert f"Begins with step 12 of {source}: parameters and tables." in lines
-    first = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
+    begun, first = map(json.loads, (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[:2])
+    assert begun["step"] == 0 and begun["validation_loss"] > 0
     last = [json.loads(line) for line in (straight.folder / "metrics.jsonl").read_text().splitlines()]
     untrained = last[0]["loss"]
     assert abs(first["loss"] - last[-2]["loss"]) < 0.3 * (untrained - last[-2]["loss"])

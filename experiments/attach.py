@@ -1,0 +1,95 @@
+"""Gives a trained backbone a new memory and trains nothing else:  python -m experiments.attach RUN_DIR NAME [--...]
+
+RUN_DIR is a run without memory (experiments.run, experiments.import_run). The new run begins with its parameters, which
+stay as they are; readers and tables are new, and begin by adding exactly nothing. Further options are those of
+experiments.run: --model.engram.engram_layer_ids 1 4 --train.steps 2000 --run_dir ...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engram_jax.config import ConfigError, EngramConfig, ModelConfig, RunConfig, from_dict, replace, require
+from engram_jax.training.errors import FAILED, FINISHED, MISTAKEN, RunError
+from experiments import run
+
+MEMORY_SHARE = 0.25
+"""Size of the tables relative to the backbone: the paper's, 5.8 of 20.9 B parameters in Engram-27B."""
+
+
+def attached(source: RunConfig, run_dir: Path, name: str) -> RunConfig:
+    """The run that trains a memory for the backbone in `run_dir`, whose config is `source`.
+
+    Raises:
+      ConfigError: the source has a memory already.
+    """
+    require(
+        not source.model.engram.enabled,
+        f"{run_dir} has a memory already (engram_layer_ids={source.model.engram.engram_layer_ids}): attach wants a "
+        "backbone without one. To train that memory on, give experiments.run train.init_from and optimizer.frozen.",
+    )
+    backbone = ("blocks.*", "embedding_vd", "final_norm.*")
+    return replace(
+        source,
+        name=name,
+        model__engram=default_memory(source.model),
+        optimizer__frozen=backbone if source.model.tie_word_embeddings else (*backbone, "head_dv"),
+        train__init_from=str(run_dir),
+    )
+
+
+def default_memory(model: ModelConfig) -> EngramConfig:
+    """The paper's proportions: read in the second block and before the middle, half the hidden size wide."""
+    from engram_jax.counts import backbone_parameters
+
+    layers = model.num_hidden_layers
+    ids = tuple(sorted({min(1, layers - 1), max(min(2, layers - 1), (layers - 1) // 2)}))
+    engram = EngramConfig(engram_layer_ids=ids, engram_head_dim=max(8, model.hidden_size // 32))
+    rows = MEMORY_SHARE * backbone_parameters(model).total / (engram.memory_dim * len(ids))
+    return replace(engram, engram_vocab_size=max(2, round(rows)))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit status (training/errors.py)."""
+    arguments = list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        return FINISHED
+    try:
+        return attach(arguments)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKEN if isinstance(error, ConfigError) else FAILED
+
+
+def attach(arguments: list[str]) -> int:
+    require(
+        len(arguments) >= 2 and not arguments[1].startswith("-"),
+        "give the backbone's folder and a name for the new run: RUN_DIR NAME",
+    )
+    (folder, name), overrides = arguments[:2], arguments[2:]
+    run_dir = Path(folder)
+    saved = run_dir / "config.json"
+    require(saved.is_file(), f"{run_dir} is not a run: it has no config.json. Train one with experiments.run.")
+    config = attached(from_dict(RunConfig, json.loads(saved.read_text())), run_dir, name)
+    command = f"python -m experiments.attach {folder} {name}"
+    options = run.parse(config, overrides, command, (__doc__ or "").strip())
+    if options.print:
+        from engram_jax.config import to_dict
+        from engram_jax.counts import describe
+
+        print(f"{json.dumps(to_dict(options.config), indent=2)}\n\n{describe(options.config)}")
+        return FINISHED
+    new_dir = options.run_dir or Path("runs") / name
+    require(new_dir.resolve() != run_dir.resolve(), f"--run_dir {new_dir} is the backbone's own: give another.")
+    if (run_dir / "result.json").is_file():
+        loss = json.loads((run_dir / "result.json").read_text())["loss"]
+        print(f"{run_dir} ended with a validation loss of {loss:.4f}: what step 0 must show, on the same data.")
+    return run.train(options, new_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
