@@ -188,7 +188,7 @@ def test_placing_keeps_lines_and_needles_in_their_order(place, size, seed):
         assert [line for line in placed if line in lines] == lines
         assert [line for line in placed if line in needles] == needles and len(placed) == size + 5
         seen.add(placed.index("needle 0"))
-    assert size == 1 or len(seen) > 1
+    assert size < 40 or len(seen) > 2  # the first of five needles, 20 times
 
 
 def test_distractors_are_for_other_keys(texts, seed, monkeypatch):
