@@ -84,7 +84,7 @@ def seconds(engine: Engine, options: Options, batch_size: int, seed: int) -> flo
 def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.decode", use_underscores=True)
     header()
-    config = run_config(options, 1)
+    config = run_config(options, 0)
     print(f"backbone  hidden {config.model.hidden_size}, {config.model.num_hidden_layers} blocks, {config.model.dtype}")
     print(f"decoding  {options.tokens} tokens after {options.prompt}, medians of {options.repeats} rounds\n")
     print(f"{'batch':>5} {'rows':>11} {'placement':>9} {'tokens/s':>9} {'of no memory':>12} {'of device':>9}  spread")
