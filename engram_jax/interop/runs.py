@@ -170,6 +170,7 @@ def import_run(folder: Path, run_dir: Path, log: Log = print) -> None:
                     "version": __version__,
                     "config": block["run"],
                     "hash_constants": block["hash_constants"],
+                    "vocab_sha256": tokenizer.vocab_sha256,
                     "tokenizer_sha256": hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest(),
                     "corpus_sha256": "",
                     "imported_from": str(folder),

@@ -4,8 +4,11 @@ Taken over from the source's newest checkpoint: parameters, balancing biases, an
 New: step 0, optimizer state, schedule, sequence length, data. What the arrays mean must agree (shapes, hash constants,
 tokenizer); what is said about reading and training them may differ (YaRN, dtype, optimizer, precision of rows).
 
-A source without memory gives its parameters to a backbone of the same shape. The new readers' value projections are
-then zero: the memory adds exactly nothing at step 0, and gradients reach the projection at once, then rows and keys.
+A source without memory gives its parameters to a backbone of the same shape. The new tables' rows are then zero: the
+memory adds exactly nothing at step 0, and later nothing for n-grams it was not trained on. Gradients reach the rows at
+once through the value projection, which is not zero, and the projections as soon as rows are not. The gate's norm has
+no say in that: of a key of zeros it makes zeros, and there the published square root is flat (layers/engram.py).
+Measured against rows of N(0, 0.02) and a value projection of zero: experiments/LOG.md, 2026-11-24.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +86,10 @@ def find_source(config: RunConfig) -> Source:
         f"{named} has no checkpoint yet: let that run reach its first one.",
     )
     _check_model(config, theirs, named)
+    require(
+        theirs.model.engram.enabled or not config.model.engram.enabled or config.optimizer.table_optimizer != "frozen",
+        f"optimizer.table_optimizer=frozen, but {named} has no memory: new tables are zero and would stay so.",
+    )
     return Source(run_dir, theirs)
 
 
@@ -140,8 +148,8 @@ def initial_state(parts: Parts, source: Source, tokenizer: Tokenizer, log: Calla
     key = jax.random.key(parts.config.train.seed)
     params, buffers = jax.jit(lambda *trees: tuple(_recut(tree, *cut) for tree in trees))(params, buffers)
     if parts.store.layers and not source.has_memory:
-        params |= {"engram": _silent_readers(parts, named_key(key, "model"))}
-        memory = parts.store.init(named_key(key, "memory"))
+        params |= {"engram": _new_readers(parts, named_key(key, "model"))}
+        memory = with_changes(parts.store, init_std=0.0).init(named_key(key, "memory"))
     elif parts.store.layers:
         folder = run_folder.tables_of(source.run_dir, step)
         memory = MemoryState(restore_tables(folder, parts.store, parts.mesh, theirs.store, step), rows_used)
@@ -213,14 +221,5 @@ def _recut(tree: dict[str, Any], theirs: list[Segment], ours: list[Segment]) -> 
     return tree | {"blocks": blocks}
 
 
-def _silent_readers(parts: Parts, key: jax.Array) -> dict[str, Any]:
-    """New readers whose value projection is zero. Zero rows instead would put the gate's norms at their singularity."""
-
-    def make() -> dict[str, Any]:
-        readers = split(Model(parts.config.model, key))[1]["engram"]
-        return {
-            layer: reader | {"key_value_emd": reader["key_value_emd"].at[:, -1].set(0.0)}
-            for layer, reader in readers.items()
-        }
-
-    return jax.jit(make)()
+def _new_readers(parts: Parts, key: jax.Array) -> dict[str, Any]:
+    return jax.jit(lambda: split(Model(parts.config.model, key))[1]["engram"])()

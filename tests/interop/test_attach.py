@@ -61,7 +61,8 @@ def test_attached_memory_is_silent_then_learns_alone(backbone, corpus, tmp_path,
     ours = jax.tree.map(lambda *x: np.concatenate(x), *stacks[1:])
     theirs = jax.device_get(backbone.state.params["blocks"]["01-02"])
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    assert np.any(params["engram"]["1"]["key_value_emd"][:, -1])  # the value, which was zero
+    rows, uses = np.asarray(state.memory.tables["1"].rows), np.asarray(state.memory.tables["1"].uses)
+    np.testing.assert_array_equal(np.any(rows, axis=1), uses > 0)  # zero, and so silent, where nothing was learnt
 
 
 def test_default_memory_has_the_papers_proportions():
