@@ -7,7 +7,7 @@ import pytest
 
 from engram_jax.config import ConfigError
 from engram_jax.layers.attention import attention, causal_mask
-from engram_jax.layers.splash import splash_attention
+from engram_jax.layers.splash import _backward_block, splash_attention
 from engram_jax.sharding import make_mesh, spec
 
 B, T, N, H, V = 4, 256, 2, 24, 16
@@ -65,6 +65,21 @@ def test_equals_it_where_sequences_and_heads_are_cut():
         segments = jax.device_put(segments, jax.NamedSharding(mesh, spec("batch", "seq")))
         got = jax.jit(lambda *args: value_and_gradients(kernel, args[:3], *args[3:]))(q, k, v, segments, weight)
     assert_close(got, expected)
+
+
+def test_long_sequences_have_larger_blocks_of_keys_in_the_backward_pass():
+    """1,152 positions: 9 blocks of 128 queries, 3 blocks of 384 keys."""
+    assert [_backward_block(length, 512) for length in (512, 4096, 8192, 32_768)] == [512, 512, 1024, 2048]
+    assert [_backward_block(length, 128) for length in (128, 1024, 1152, 128 * 1009)] == [128, 128, 384, 128]
+    rng, T = np.random.default_rng(), 1152
+    q, k, v, weight = (jnp.asarray(rng.normal(size=(1, T, 1, w)), jnp.float32) for w in (H, H, V, V))
+    segments = jnp.asarray(np.repeat([[1, 2, 3]], [500, 300, 352], axis=1).astype(np.int32))
+
+    def whole(q, k, v, segments):
+        return attention(q, k, v, causal_mask(T, segments), SCALE)
+
+    expected = value_and_gradients(whole, (q, k, v), segments, weight)
+    assert_close(jax.jit(lambda: value_and_gradients(kernel, (q, k, v), segments, weight))(), expected)
 
 
 def test_a_length_that_is_no_whole_tile_is_refused():
