@@ -79,7 +79,10 @@ def find_source(config: RunConfig) -> Source:
     """
     run_dir = Path(config.train.init_from).expanduser()
     named = f"train.init_from={config.train.init_from!r}"
-    require((run_dir / "config.json").is_file(), f"{named} is not a run: it has no config.json.")
+    require(
+        (run_dir / "config.json").is_file(),
+        f"{named} is not a run: it has no config.json. Train it, or give its folder.",
+    )
     theirs = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
     require(
         run_folder.has_checkpoint(run_dir),
