@@ -55,7 +55,7 @@ def engram_tiny_2k() -> RunConfig:
 
 
 def _paper_32k(run: RunConfig, name: str) -> RunConfig:
-    """Printed: one stage of 5,000 steps at 32,768 tokens, 30 B tokens; YaRN with s = 10, alpha = 1, beta = 32, f = 0.707.
+    """Printed: 5,000 steps at 32,768 tokens, 30 B tokens; YaRN with s = 10, alpha = 1, beta = 32, f = 0.707.
 
     Decided here, for the paper does not say:
       batch          192. 30 B tokens make 183 sequences a step, which fits no mesh; these are 31.5 B.
