@@ -59,7 +59,7 @@ def run_config(options: Options, num_rows: int) -> RunConfig:
     model = ModelConfig(32_000, hidden, blocks, width, attention, engram=engram, hc_mult=1, dtype=dtype)
     run = RunConfig(model=model, data=replace(RunConfig().data, batch_size=1, seq_len=1024))
     # A table alone: no optimizer row per row, as in serving.
-    return replace(run, optimizer__table_optimizer="rowwise_adagrad", train__mesh_data=1)
+    return replace(run, optimizer__table_optimizer="rowwise_adagrad", train__mesh_data=1, optimizer__warmup_steps=1)
 
 
 def engine(options: Options, num_rows: int, placement: str, batch_size: int) -> Engine:

@@ -228,4 +228,6 @@ def test_a_mesh_gives_the_single_device_output_and_gradients(mesh, cross_documen
             arrays = jax.device_put(arrays, jax.NamedSharding(mesh, spec("batch", "seq")))
             got = run(make_it(), *arrays)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * np.abs(a).max())
+        # Where a score is near 0 the gate's slope is up to 500 and changes as fast: rounding of 2e-16 once came out
+        # as 4e-12 of the largest gradient.
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10 * np.abs(a).max())
