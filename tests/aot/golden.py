@@ -54,16 +54,18 @@ def small() -> RunConfig:
 
 
 CASES = {
-    "v5e-4-fsdp": ("v5e-4", replace(small(), train__mesh_fsdp=4)),
-    "v5p-4-expert": ("v5p-4", replace(small(), train__mesh_fsdp=2, train__mesh_expert=2)),
-    "v5p-8-host": ("v5p-8", replace(small(), train__mesh_fsdp=8, memory__placement="host")),
+    "v5e-4-fsdp": ("v5e-4", "train", replace(small(), train__mesh_fsdp=4)),
+    "v5p-4-expert": ("v5p-4", "train", replace(small(), train__mesh_fsdp=2, train__mesh_expert=2)),
+    "v5p-8-host": ("v5p-8", "train", replace(small(), train__mesh_fsdp=8, memory__placement="host")),
+    "v5e-4-decode": ("v5e-4", "decode", replace(small(), train__mesh_fsdp=2, train__mesh_tensor=2)),
+    "v5p-8-decode-host": ("v5p-8", "decode", replace(small(), train__mesh_fsdp=8, memory__placement="host")),
 }
 
 
 def summary(name: str) -> dict[str, Any]:
-    """What may not grow, of the training step on one chip."""
-    where, config = CASES[name]
-    r = compile_apart(config, topology(where), ["train"])["train"]
+    """What may not grow, of a step on one chip."""
+    where, program, config = CASES[name]
+    r = compile_apart(config, topology(where), [program])[program]
     sent: Counter[str] = Counter()
     for c in r["collectives"]:
         sent[f"{c['kind']} over {'+'.join(c['axes'])}"] += int(c["sent"])

@@ -1,4 +1,4 @@
-"""The training step, compiled for real TPU topologies, is no larger than it was; and bad input stops before that."""
+"""Training and decoding, compiled for real TPU topologies, are no larger than they were; and bad input stops before that."""
 
 import importlib.util
 import json
@@ -58,3 +58,9 @@ def test_tables_are_on_the_chip_or_on_the_host():
 def test_a_mesh_that_does_not_divide_is_refused_before_any_compile(changes, said):
     with pytest.raises(ConfigError, match=said):
         compile_apart(replace(small(), **changes), topology("v5e-4"), ["train"])
+
+
+def test_what_cannot_be_decoded_with_is_refused_too():
+    config = replace(small(), train__mesh_context=2, train__mesh_fsdp=2)
+    with pytest.raises(ConfigError, match="mesh_context=2: a sequence that is decoded is not cut"):
+        compile_apart(config, topology("v5e-4"), ["decode"])
