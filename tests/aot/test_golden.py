@@ -1,4 +1,4 @@
-"""Training and decoding, compiled for real TPU topologies, are no larger than they were; and bad input stops before that."""
+"""Steps compiled for real TPU topologies are no larger than they were; and bad input stops before that."""
 
 import importlib.util
 import json
