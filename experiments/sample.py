@@ -54,10 +54,10 @@ class Options:
     seed: int = 0
     """The same seed gives the same text."""
     max_len: int = 0
-    """Tokens of a prompt with its continuation (0: what the model was trained at)."""
+    """Tokens of a prompt with its continuation (0: what the model was trained at, or more for one longer prompt)."""
     batch_size: int = 8
     """Prompts that are continued together (with --prompts)."""
-    placement: Literal["", "device", "host"] = ""
+    placement: Literal["", "device", "host", "tiered"] = ""
     """Where the tables lie; empty: as in training."""
     mesh_fsdp: int = 1
     """Devices over which the weights are cut, and the prompts."""
@@ -97,7 +97,10 @@ def sample(options: Options) -> int:
     keep_compiled_programs(parts.config)
     tokenizer = load_tokenizer(options.run_dir / "tokenizer.json")
     batch_size = options.batch_size if options.prompts else options.mesh_fsdp
+    ids = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
     max_len = options.max_len or parts.config.data.seq_len
+    if not options.max_len and len(ids) >= max_len:
+        max_len = len(ids) + options.max_tokens
     _warn_beyond(parts.config, max_len)
     engine = Engine(parts, state, batch_size, max_len)
     del state  # the engine keeps what it needs, in half the bytes
@@ -105,7 +108,6 @@ def sample(options: Options) -> int:
         return answer_file(engine, tokenizer, prompts, sampling, options)
     if options.interactive:
         return converse(engine, tokenizer, sampling, options.stop)
-    ids = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
     if (error := engine.error(ids)) is not None:
         raise ConfigError(error)
     print(options.prompt, end="", flush=True)
@@ -126,6 +128,8 @@ def show(engine: Engine, tokenizer: Tokenizer, ids: list[int], sampling: Samplin
     if len(times) > 1:
         rate = (len(times) - 1) / (times[-1] - times[0])
         _say(f"[{len(times)} tokens, the first after {times[0] - started:.2f} s, then {rate:.0f} tokens/s]")
+    if len(ids) + len(times) >= engine.max_len:
+        _say(f"[ended at max_len={engine.max_len} tokens]")
     return text
 
 

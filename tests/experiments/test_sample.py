@@ -140,6 +140,9 @@ def test_a_conversation_goes_on_until_the_end_of_input(capsys, monkeypatch, trai
 def test_a_context_longer_than_trained_is_warned_about(capsys, trained):
     assert main([str(trained), "def", "--max_len", "300", "--max_tokens", "2"]) == 0
     assert "warning: max_len=300 tokens; the model was trained at 256." in capsys.readouterr().err
+    assert main([str(trained), "é" * 300, "--max_tokens", "2", "--top_k", "0", "--temperature", "2"]) == 0
+    error = capsys.readouterr().err
+    assert "tokens; the model was trained at 256." in error and "[ended at max_len=" in error
 
 
 def test_another_tokenizer_is_refused(capsys, trained, tmp_path):

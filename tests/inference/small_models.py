@@ -13,6 +13,7 @@ from engram_jax.config import (
     MoEConfig,
     OptimizerConfig,
     RunConfig,
+    YarnConfig,
     replace,
 )
 from engram_jax.training.assembly import assemble
@@ -41,11 +42,13 @@ PAPER = RunConfig(
     ),
     optimizer=OptimizerConfig(warmup_steps=1),
 )  # fmt: skip
+YARN = YarnConfig(factor=8, original_max_position_embeddings=32, mscale=0.5)
 CONFIGS = {
     "paper, mla": PAPER,
     "deepseek_v41, gqa": replace(
         PAPER,
         model__attention__kind="gqa",
+        model__attention__yarn=YARN,
         model__engram=dataclasses.replace(
             PAPER.model.engram, engram_variant="deepseek_v41", engram_max_ngram_size=4, engram_kernel_size=0
         ),
@@ -53,7 +56,11 @@ CONFIGS = {
         model__moe__n_routed_experts=0,
     ),
     "qwen_ple, mla": replace(
-        PAPER, model__engram__engram_variant="qwen_ple", model__engram__engram_layer_ids=(1,), model__hc_mult=1
+        PAPER,
+        model__engram__engram_variant="qwen_ple",
+        model__engram__engram_layer_ids=(1,),
+        model__attention__yarn=YARN,
+        model__hc_mult=1,
     ),
     "no memory": replace(PAPER, model__engram=EngramConfig()),
 }
