@@ -6,9 +6,7 @@ is saved there; `--paper` puts the paper's figures beside it.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 import re
 import shlex
@@ -24,8 +22,7 @@ from engram_jax.config import ConfigError, RunConfig, from_dict, require
 from engram_jax.evaluation.knock_out import parse_scales
 from engram_jax.evaluation.tasks import Shared, all_tasks, split_name
 from engram_jax.training.errors import RunError
-from experiments.registry import nearest
-from experiments.run import field_paths, keep_compiled_programs
+from experiments.command_line import field_paths, keep_compiled_programs, parsed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,29 +69,12 @@ def parse(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
     fields = [(name, task, dataclasses.field(default_factory=task)) for name, task in all_tasks().items()]
     every_option = dataclasses.make_dataclass("EveryOption", fields, bases=(Options,), frozen=True, kw_only=True)
     every_option.__doc__ = Options.__doc__
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            options, unknown = tyro.cli(
-                every_option,
-                args=list(arguments),
-                prog="python -m experiments.evaluate",
-                config=(tyro.conf.AvoidSubcommands,),
-                use_underscores=True,
-                return_unknown_args=True,
-            )
-    except SystemExit as exit:
-        # tyro frames a config's own error in a box; the error itself is what led to the exit.
-        cause: BaseException | None = exit
-        while cause := cause.__context__:
-            if isinstance(cause, ConfigError):
-                raise cause from None
-        print(messages.getvalue(), end="", file=sys.stderr)
-        raise
-    if unknown:
-        word = unknown[0].split("=")[0]
-        hint = nearest(word, [f"--{path.removeprefix('shared.')}" for path in field_paths(options)])
-        raise ConfigError(f"cannot make sense of {word!r}{hint or '; --help lists all options'}.")
+    options = parsed(
+        every_option,
+        arguments,
+        "python -m experiments.evaluate",
+        lambda options: [path.removeprefix("shared.") for path in field_paths(options)],
+    )
     return options, {name: getattr(options, name) for name in all_tasks()}
 
 

@@ -18,10 +18,8 @@ The first is the baseline.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import inspect
-import io
 import json
 import re
 import sys
@@ -34,7 +32,8 @@ import tyro
 
 from engram_jax.config import ConfigError, RunConfig, require, to_dict
 from engram_jax.training.errors import FAILED, FINISHED, INTERRUPTED, MISTAKEN, PEERS_LOST, PeersError, RunError
-from experiments.registry import RUNS, build, nearest
+from experiments.command_line import field_paths, keep_compiled_programs, parsed
+from experiments.registry import RUNS, build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,16 +147,6 @@ def train(options: Options, run_dir: Path) -> int:
     return loop.train(options.config, run_dir, profile=options.profile).status
 
 
-def keep_compiled_programs(config: RunConfig) -> None:
-    """A restart should not compile again. What the user has set in jax's own way stays."""
-    import jax
-
-    from engram_jax.data.cache import cache_root
-
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
-
-
 def parse(config: RunConfig, overrides: Sequence[str], command: str = "", about: str = "") -> Options:
     """The options, with `config` changed by the overrides. `command` and `about` are what --help calls a run that is
     not registered.
@@ -166,46 +155,19 @@ def parse(config: RunConfig, overrides: Sequence[str], command: str = "", about:
       ConfigError: an unknown field, by the nearest known one, or a value that a config refuses.
       SystemExit: tyro's own, for --help and for values that do not fit their type.
     """
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            options, unknown = tyro.cli(
-                Options,
-                default=Options(config),
-                args=list(overrides),
-                prog=command or f"python -m experiments.run {config.name}",
-                description=re.sub(r"(?<!\n)\n(?!\n)", "\n\n", about or _doc(config.name)),  # tyro joins single lines
-                config=(tyro.conf.AvoidSubcommands,),
-                use_underscores=True,
-                return_unknown_args=True,
-            )
-    except SystemExit as exit:
-        # tyro frames a config's own error in a box; the error itself, one line, is what led to the exit.
-        cause: BaseException | None = exit
-        while cause := cause.__context__:
-            if isinstance(cause, ConfigError):
-                raise cause from None
-        print(messages.getvalue(), end="", file=sys.stderr)
-        raise
-    if unknown:
-        word = unknown[0].split("=")[0]
-        hint = nearest(word, [f"--{path}" for path in field_paths(config)])
-        raise ConfigError(f"cannot make sense of {word!r}{hint or ' (names come before options)'}.")
-    return options
+    return parsed(
+        Options,
+        overrides,
+        command or f"python -m experiments.run {config.name}",
+        lambda _: field_paths(config),
+        " (names come before options)",
+        default=Options(config),
+        description=re.sub(r"(?<!\n)\n(?!\n)", "\n\n", about or _doc(config.name)),  # tyro joins single lines
+    )
 
 
 def _doc(name: str) -> str:
     return inspect.getdoc(RUNS[name]) or ""
-
-
-def field_paths(config: object, prefix: str = "") -> list[str]:
-    """Dotted paths of all fields, `train.steps` among them."""
-    paths = []
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        is_nested = dataclasses.is_dataclass(value)
-        paths += field_paths(value, f"{prefix}{field.name}.") if is_nested else [prefix + field.name]
-    return paths
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def sample(options: Options) -> int:
     from engram_jax.inference.engine import Engine
     from engram_jax.inference.sampling import Sampling
     from engram_jax.training.run_folder import load_run
-    from experiments.run import keep_compiled_programs
+    from experiments.command_line import keep_compiled_programs
 
     sampling = Sampling(options.max_tokens, options.temperature, options.top_k, options.top_p, options.seed)
     require(

@@ -117,7 +117,7 @@ def test_tables_too_large_for_the_hosts_do_not_fit_either(compiler, tmp_path, ca
         (["moe_tiny"], "--topology v5p-64"),
         (["moe_tiny", "--topology", "v5e-5"], "v5e-4 = 2x2"),
         (["moe_tiny", "--topology", "v5e-4", "--slices", "0"], "--slices"),
-        (["moe_tiny", "--topology", "v5e-4", "--programs", "decode"], "train, eval"),
+        (["moe_tiny", "--topology", "v5e-4", "--programs", "serve"], "train, eval, decode"),
         (["moe_tiny", "--topology", "v5e-4", "--train.stepz", "4"], "--train.steps"),
         (["--topology", "v5e-4"], "comes first"),
     ],

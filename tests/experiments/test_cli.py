@@ -119,7 +119,7 @@ def test_a_run_that_cannot_go_on_says_so_in_one_line(capsys, monkeypatch, traine
 def test_compiled_programs_are_kept_where_the_user_wants_them(tmp_path):
     import jax
 
-    from experiments.run import keep_compiled_programs
+    from experiments.command_line import keep_compiled_programs
 
     name, config = "jax_compilation_cache_dir", replace(build("moe_tiny"), data__cache_dir=str(tmp_path))
     before = jax.config.values[name]

@@ -10,8 +10,8 @@ from operator import attrgetter
 from pathlib import Path
 
 from engram_jax.training.metrics import read_metrics
+from experiments.command_line import field_paths
 from experiments.registry import build
-from experiments.run import field_paths
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300

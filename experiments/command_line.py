@@ -1,0 +1,83 @@
+"""Options from the command line, with one line for every mistake; what all commands that train or compute share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from engram_jax.config import ConfigError, RunConfig
+from experiments.registry import nearest
+
+T = TypeVar("T")
+
+
+def parsed(
+    kind: type[T],
+    arguments: Sequence[str],
+    prog: str,
+    known: Callable[[T], Iterable[str]],
+    otherwise: str = "; --help lists all options",
+    **settings: Any,
+) -> T:
+    """An options dataclass filled from the arguments.
+
+    Args:
+      known: the options there are (without `--`), of which an unknown one is told the nearest.
+      otherwise: what it is told if none is near.
+      settings: further ones of tyro.cli.
+
+    Raises:
+      ConfigError: an unknown option, or a value that a config refuses.
+      SystemExit: tyro's own, for --help and for values that do not fit their type.
+    """
+    messages, config = io.StringIO(), (tyro.conf.AvoidSubcommands,)
+    try:
+        with contextlib.redirect_stderr(messages):
+            options, unknown = tyro.cli(
+                kind,
+                args=list(arguments),
+                prog=prog,
+                config=config,
+                use_underscores=True,
+                return_unknown_args=True,
+                **settings,
+            )
+    except SystemExit as exit:
+        # tyro frames a config's own error in a box; the error itself, one line, is what led to the exit.
+        cause: BaseException | None = exit
+        while cause := cause.__context__:
+            if isinstance(cause, ConfigError):
+                raise cause from None
+        print(messages.getvalue(), end="", file=sys.stderr)
+        raise
+    if unknown:
+        word = unknown[0].split("=")[0]
+        hint = nearest(word, [f"--{name}" for name in known(options)])
+        raise ConfigError(f"cannot make sense of {word!r}{hint or otherwise}.")
+    return options
+
+
+def field_paths(config: object, prefix: str = "") -> list[str]:
+    """Dotted paths of all fields, `train.steps` among them."""
+    paths = []
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        is_nested = dataclasses.is_dataclass(value)
+        paths += field_paths(value, f"{prefix}{field.name}.") if is_nested else [prefix + field.name]
+    return paths
+
+
+def keep_compiled_programs(config: RunConfig) -> None:
+    """A restart should not compile again. What the user has set in jax's own way stays."""
+    import jax
+
+    from engram_jax.data.cache import cache_root
+
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_root(config.data) / "compiled"))
