@@ -1,0 +1,7 @@
+"""The studies: what is compared with what, at which equal cost. `STUDIES` holds them by name."""
+
+from experiments.studies.allocation import ALLOCATION
+from experiments.studies.declared import Study
+from experiments.studies.memory_scaling import MEMORY_SCALING
+
+STUDIES: dict[str, Study] = {study.name: study for study in (ALLOCATION, MEMORY_SCALING)}

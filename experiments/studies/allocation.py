@@ -1,0 +1,81 @@
+"""The allocation law (the paper's section 3.1): idle weights as experts or as memory, and how many of each?"""
+
+from __future__ import annotations
+
+from engram_jax.config import ConfigError, EngramConfig, RunConfig, replace, require
+from engram_jax.counts import sparse_parameters
+from experiments.runs import moe_small, moe_tiny
+from experiments.studies.declared import Point, Study
+from experiments.twins import engram_twin
+
+SHARES = (0.40, 0.50, 0.60, 0.70, 0.75, 0.80, 0.90, 1.00)
+"""Of rho, the experts' share of the sparse parameters (eq. 7)."""
+NEAR = 0.03
+"""Whole experts do not hit every share; one that is missed by more is left out."""
+
+
+def tiny() -> RunConfig:
+    """moe_tiny for 120 steps: about two minutes a run on two cores."""
+    return replace(
+        with_heads(moe_tiny(), heads=4, width=16), train__steps=120, train__eval_every=0, checkpoint__every=60
+    )
+
+
+def small() -> RunConfig:
+    return with_heads(moe_small(), heads=8, width=32)
+
+
+def with_heads(run: RunConfig, heads: int, width: int) -> RunConfig:
+    """The run with a memory's settings and no memory yet: `--model.engram.engram_n_heads 8` changes all points."""
+    return replace(run, model__engram=EngramConfig(engram_n_heads=heads, engram_head_dim=width))
+
+
+def memory_of(base: RunConfig) -> EngramConfig:
+    """Its layers as in the paper's 27B model: the second block and the one in the middle."""
+    return replace(base.model.engram, engram_layer_ids=(1, base.model.num_hidden_layers // 2))
+
+
+def points(base: RunConfig) -> tuple[Point, ...]:
+    """From most memory to none, x being rho in percent.
+
+    Raises:
+      ConfigError: the run has no experts to give up, or so few that hardly any share can be had.
+    """
+    moe = base.model.moe
+    require(moe.enabled, "model.moe.n_routed_experts=0: the allocation study needs experts to give up.")
+    require(
+        base.model.num_hidden_layers > 3,
+        f"model.num_hidden_layers={base.model.num_hidden_layers}: the memory's two layers need at least 4 blocks.",
+    )
+    found = {1.0: replace(base, model__engram=EngramConfig())}
+    for experts in range(moe.num_experts_per_tok + 1, moe.n_routed_experts):
+        try:
+            twin = engram_twin(base, memory_of(base), experts)
+        except ConfigError:
+            continue  # they do not pay for the reader
+        found[sparse_parameters(twin.model)[1]] = twin
+    nearest = {min(found, key=lambda rho, share=share: abs(rho - share)): share for share in SHARES}
+    chosen = sorted(rho for rho, share in nearest.items() if abs(rho - share) <= NEAR)
+    require(
+        len(chosen) > 3,
+        f"model.moe.n_routed_experts={moe.n_routed_experts} with {moe.num_experts_per_tok} active allows only "
+        f"{len(chosen)} allocations, too few to find a lowest one among them: give the run more experts.",
+    )
+    return tuple(Point(f"rho{100 * rho:03.0f}", round(100 * rho, 2), found[rho]) for rho in chosen)
+
+
+ALLOCATION = Study(
+    name="allocation",
+    question="At fixed total and active parameters, which share of the idle ones should be experts (rho), the rest "
+    "being memory?",
+    x_label="rho: experts' share of the sparse parameters, %",
+    scales={"tiny": tiny, "small": small},
+    points=points,
+    shape="valley",
+    baseline="rho100",
+    paper="allocation_paper.json",
+    caveats=(
+        "Every point with memory has narrower experts than rho100, which pay for the reader's projections. In the "
+        "paper's models these are too small to show. The step from rho100 to the next point holds this too.",
+    ),
+)

@@ -1,0 +1,102 @@
+"""What a study is, and the proof that its runs cost the same, from their configs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engram_jax.config import ConfigError, RunConfig, replace, require, to_dict
+from engram_jax.counts import flops_per_token, parameters
+
+TOLERANCE = 0.01
+"""Largest relative difference between two runs' totals, active parameters or FLOPs per token."""
+TOTAL, ACTIVE, FLOPS, TOKENS = "total parameters", "active parameters", "FLOPs per token", "tokens"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of what the study varies, trained once for every seed."""
+
+    name: str
+    """Of its runs' folders."""
+    x: float
+    config: RunConfig
+    """Without a seed: `seeded` gives it one."""
+
+    def seeded(self, seed: int) -> RunConfig:
+        """The run of that seed: weights and the order of the data. Equal seeds of two points see equal batches."""
+        return replace(self.config, name=f"{self.name}-seed{seed}", train__seed=seed, data__seed=seed)
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    question: str
+    x_label: str
+    scales: Mapping[str, Callable[[], RunConfig]]
+    """By `--scale`, the run that the points are made from, overrides applied."""
+    points: Callable[[RunConfig], tuple[Point, ...]]
+    shape: Literal["valley", "log_line"]
+    """What is fitted to loss against x: a parabola with a lowest point, or a line in log10(x)."""
+    varies: tuple[str, ...] = ()
+    """Quantities that need not be equal over the points: TOTAL where memory comes on top."""
+    baseline: str = ""
+    """The point that the others are compared with."""
+    paper: str = ""
+    """File under data/ with the paper's curves."""
+    caveats: tuple[str, ...] = field(default=())
+
+    def at(self, base: RunConfig) -> tuple[Point, ...]:
+        """The points made from `base`, proved to cost the same.
+
+        Raises:
+          ConfigError: they do not, or `base` sets a seed, which belongs to the study.
+        """
+        for path, seed in {"train.seed": base.train.seed, "data.seed": base.data.seed}.items():
+            require(seed == 0, f"{path}={seed}: a study numbers its seeds from 0; say how many with --seeds.")
+        points = self.points(base)
+        prove(points, self.varies)
+        return points
+
+
+def quantities(config: RunConfig) -> dict[str, float]:
+    """What has to be equal: counts and tokens of a run."""
+    counts = parameters(config.model)
+    return {
+        TOTAL: counts.total,
+        ACTIVE: counts.active,
+        FLOPS: flops_per_token(config.model, config.data.seq_len),
+        TOKENS: config.data.batch_size * config.data.seq_len * config.train.steps,
+    }
+
+
+def prove(points: Sequence[Point], varies: Sequence[str] = ()) -> None:
+    """Any two runs cost the same, to TOLERANCE, and see the same batches.
+
+    Raises:
+      ConfigError: names the run, the quantity and both numbers.
+    """
+    require(len(points) > 1, "a study compares at least two points.")
+    costs = {point.name: quantities(point.config) for point in points}
+    for quantity in (TOTAL, ACTIVE, FLOPS, TOKENS):
+        if quantity in varies:
+            continue
+        least = min(costs, key=lambda name: costs[name][quantity])
+        most = max(costs, key=lambda name: costs[name][quantity])
+        low, high = costs[least][quantity], costs[most][quantity]
+        allowed = 0 if quantity == TOKENS else TOLERANCE
+        if high - low > allowed * low:
+            raise ConfigError(
+                f"{most} has {high:,.0f} {quantity} and {least} has {low:,.0f}: {high / low - 1:.1%} apart, and a "
+                f"study allows {allowed:.0%}. Change both alike, or leave one of the two out."
+            )
+    first = points[0]
+    for point in points[1:]:
+        ours, theirs = to_dict(point.config.data), to_dict(first.config.data)
+        for name in ours:
+            if ours[name] != theirs[name]:
+                raise ConfigError(
+                    f"{point.name} has data.{name}={ours[name]!r} and {first.name} has {theirs[name]!r}: give all "
+                    "points of a study the same data."
+                )

@@ -1,0 +1,105 @@
+"""What a study's losses say: a curve through them, its interval over seeds, and the sentence that follows.
+
+P points, S seeds (suffixes)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+RESAMPLES = 2000
+LEVEL = 95
+"""Of the intervals, in percent."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A polynomial in x (parabola) or log10(x) (line), highest power first, with what resampling made of it."""
+
+    shape: Literal["valley", "log_line"]
+    coefficients: np.ndarray
+    resampled: np.ndarray
+    """[RESAMPLES, len(coefficients)]"""
+
+    def at(self, x: np.ndarray) -> np.ndarray:
+        return np.polyval(self.coefficients, abscissa(self.shape, x))
+
+    def interval(self, of: Callable[[np.ndarray], float]) -> tuple[float, float]:
+        """Middle LEVEL percent of a number computed from the coefficients."""
+        tail = (100 - LEVEL) / 2
+        low, high = np.percentile([of(c) for c in self.resampled], [tail, 100 - tail], method="inverted_cdf")
+        return float(low), float(high)
+
+
+def abscissa(shape: Literal["valley", "log_line"], x: np.ndarray) -> np.ndarray:
+    return np.log10(x) if shape == "log_line" else x
+
+
+def fit(shape: Literal["valley", "log_line"], x_P: np.ndarray, loss_PS: np.ndarray) -> Fit | None:
+    """Least squares through the losses, seeds paired; None with fewer than two seeds or no point to spare.
+
+    A seed makes its runs better or worse together (the same batches in the same order), so its mean is taken out
+    first. The residuals, widened by the degrees of freedom that means and curve took, are then drawn anew: they hold
+    the seeds' scatter and also what the curve does not follow.
+    """
+    degree = 2 if shape == "valley" else 1
+    P, S = loss_PS.shape
+    if S < 2 or degree + 2 > P:
+        return None
+    centred_PS = loss_PS - loss_PS.mean(axis=0) + loss_PS.mean()
+    x = np.repeat(abscissa(shape, x_P), S)
+    y = centred_PS.reshape(-1)
+    coefficients = np.polyfit(x, y, degree)
+    fitted = np.polyval(coefficients, x)
+    residuals = (y - fitted) * np.sqrt(P * S / (P * S - S - degree))
+    # polyfit takes many right-hand sides at once, one a column.
+    draws = np.random.default_rng(0).choice(residuals, (P * S, RESAMPLES))
+    return Fit(shape, coefficients, np.polyfit(x, fitted[:, None] + draws, degree).T)
+
+
+def lowest(coefficients: np.ndarray) -> float:
+    """Where a parabola turns; infinite if it opens downwards, since then no x within reach is lowest."""
+    a, b, _ = coefficients
+    return float(-b / (2 * a)) if a > 0 else float("inf")
+
+
+def sentence(curve: Fit, x_P: np.ndarray, x_label: str) -> str:
+    """The verdict on the curve, from its numbers alone."""
+    return _on_valley(curve, x_P, x_label) if curve.shape == "valley" else _on_line(curve)
+
+
+def _on_valley(curve: Fit, x_P: np.ndarray, x_label: str) -> str:
+    where, (low, high) = lowest(curve.coefficients), curve.interval(lowest)
+    if min(x_P) < low and high < max(x_P):
+        numbers = f"{where:.1f} ({LEVEL} % interval {low:.1f} to {high:.1f})"
+        return f"The fitted parabola is lowest at {numbers}, on the axis of {x_label!r}."
+    return (
+        "Nothing found beyond the spread about where the loss is lowest: "
+        f"the {LEVEL} % interval of the fitted parabola's lowest point, {low:.1f} to {high:.1f}, reaches past the "
+        f"points, {min(x_P):g} to {max(x_P):g}."
+    )
+
+
+def _on_line(curve: Fit) -> str:
+    slope, (low, high) = float(curve.coefficients[0]), curve.interval(lambda c: float(c[0]))
+    numbers = f"{slope:+.4f} nats per decade ({LEVEL} % interval {low:+.4f} to {high:+.4f})"
+    if low <= 0 <= high:
+        return f"Nothing found beyond the spread: the fitted line's slope is {numbers}."
+    return f"The loss {'falls' if slope < 0 else 'rises'} along the fitted line by {numbers}."
+
+
+def difference(ours_S: np.ndarray, theirs_S: np.ndarray, ours: str, theirs: str) -> str:
+    """One point against another over the seeds both have, as `python -m experiments.compare` words it."""
+    by_S = ours_S - theirs_S
+    listed = ", ".join(f"{by:+.4f}" for by in by_S)
+    head = f"{ours} against {theirs}: {by_S.mean():+.4f} nats per token (seed by seed {listed})."
+    if len(by_S) < 2:
+        return f"{head} With one seed the spread over seeds is unknown."
+    spread = max(np.ptp(ours_S), np.ptp(theirs_S))
+    if abs(by_S.mean()) > spread:
+        return f"{head} That is more than the spread over seeds ({spread:.4f} from the lowest to the highest)."
+    return f"{head} Nothing found beyond the spread over seeds ({spread:.4f} from the lowest to the highest)."

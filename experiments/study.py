@@ -1,0 +1,125 @@
+"""Runs a study, a set of runs of equal cost, and reports on it:  python -m experiments.study NAME [--field value ...]
+
+  --list                 all studies, one line each
+  NAME --print           the plan: runs and the table of their equal costs, then stop
+  NAME --scale small     at another size than tiny
+  NAME --seeds 5         how often each point is trained (default 3)
+  NAME --out DIR         where it goes (default studies/): DIR/NAME/SCALE
+  NAME --report_only     report on the runs that are finished, train nothing
+  NAME --train.steps 50  overrides a field of the run that all points are made from
+
+The same command again trains what is missing, also beside another process that does the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from engram_jax.config import ConfigError, RunConfig, require
+from engram_jax.training.errors import FAILED, FINISHED, MISTAKEN, RunError
+from experiments.command_line import field_paths, parsed
+from experiments.registry import nearest
+from experiments.studies import STUDIES
+from experiments.studies.declared import Point, Study
+from experiments.studies.execute import agree_on_plan, execute, is_finished, run_dir
+from experiments.studies.report import budget_table, write_report
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")]
+    scale: str = "tiny"
+    """Size of the runs; --list names those there are."""
+    seeds: int = 3
+    """How often each point is trained, with the seeds 0, 1, ..."""
+    out: Path = Path("studies")
+    """Folder that holds a folder per study and scale."""
+    print: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the runs and their costs, and stop."""
+    report_only: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Report on what is finished, and train nothing."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Does what the command line says; returns the exit status (training/errors.py). Errors are one line each."""
+    try:
+        return run(list(arguments))
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKEN if isinstance(error, ConfigError) else FAILED
+
+
+def run(arguments: list[str]) -> int:
+    if arguments == ["--list"]:
+        for study in STUDIES.values():
+            print(f"{study.name:16}{study.question} [{', '.join(study.scales)}]")
+        return FINISHED
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{(__doc__ or '').strip()}\n\nStudies: {', '.join(STUDIES)}")
+        return FINISHED
+    name, overrides = arguments[0], arguments[1:]
+    require(not name.startswith("-"), f"the study's name comes first: NAME {' '.join(arguments)}")
+    require(name in STUDIES, f"there is no study {name!r}{nearest(name, STUDIES) or '; --list shows them all'}.")
+    study = STUDIES[name]
+    options = parse(study, overrides)
+    require(options.seeds > 0, f"--seeds {options.seeds}: give 1 or more.")
+    points = study.at(options.config)
+    study_dir = options.out / name / options.scale
+    if options.print:
+        print(_plan(study, points, options.seeds, study_dir))
+        return FINISHED
+    agree_on_plan(study_dir, name, points, write=not options.report_only)
+    if not options.report_only:
+        print(_plan(study, points, options.seeds, study_dir), flush=True)
+        if status := execute(study_dir, points, options.seeds, train, lambda line: print(line, flush=True)):
+            return status  # stopped by somebody who does not want the next run either
+    print(write_report(study, points, options.seeds, study_dir))
+    print(f"Report, raw numbers and picture: {study_dir}/report.md, results.jsonl, study.png")
+    return FINISHED
+
+
+def parse(study: Study, arguments: Sequence[str]) -> Options:
+    """The options; the scale's run with the overrides.
+
+    Raises:
+      ConfigError: no such scale or field, or a value that a config refuses.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--scale", default="tiny")
+    scale = parser.parse_known_args(arguments)[0].scale
+    require(scale in study.scales, f"--scale {scale}: {study.name} has {', '.join(study.scales)}.")
+    return parsed(
+        Options,
+        arguments,
+        f"python -m experiments.study {study.name}",
+        lambda options: [*field_paths(options.config), *(f.name for f in dataclasses.fields(Options)[1:])],
+        default=Options(study.scales[scale](), scale),
+        description=study.question,
+    )
+
+
+def train(config: RunConfig, folder: Path) -> int:
+    from engram_jax.training import loop
+    from experiments.command_line import keep_compiled_programs
+
+    keep_compiled_programs(config)
+    return loop.train(config, folder).status
+
+
+def _plan(study: Study, points: Sequence[Point], seeds: int, study_dir: Path) -> str:
+    folders = [run_dir(study_dir, point, seed) for seed in range(seeds) for point in points]
+    finished = sum(map(is_finished, folders))
+    lines = [f"# {study.name}: {study.question}", "", *budget_table(study, points), ""]
+    lines += [f"{len(points)} points, {seeds} seeds: {len(folders)} runs, {finished} of them finished, in {study_dir}."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
