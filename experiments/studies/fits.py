@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES = 2000
 LEVEL = 95
@@ -93,13 +94,17 @@ def _on_line(curve: Fit) -> str:
 
 
 def difference(ours_S: np.ndarray, theirs_S: np.ndarray, ours: str, theirs: str) -> str:
-    """One point against another over the seeds both have, as `python -m experiments.compare` words it."""
+    """One point against another, by Student's interval of the mean difference over the seeds that both have.
+
+    Seed by seed, since equal seeds see equal batches: what a seed does to both is no reason to doubt the difference.
+    """
     by_S = ours_S - theirs_S
     listed = ", ".join(f"{by:+.4f}" for by in by_S)
-    head = f"{ours} against {theirs}: {by_S.mean():+.4f} nats per token (seed by seed {listed})."
+    head = f"{ours} against {theirs}: {by_S.mean():+.4f} nats per token (seed by seed {listed}"
     if len(by_S) < 2:
-        return f"{head} With one seed the spread over seeds is unknown."
-    spread = max(np.ptp(ours_S), np.ptp(theirs_S))
-    if abs(by_S.mean()) > spread:
-        return f"{head} That is more than the spread over seeds ({spread:.4f} from the lowest to the highest)."
-    return f"{head} Nothing found beyond the spread over seeds ({spread:.4f} from the lowest to the highest)."
+        return f"{head}). With one seed the spread over seeds is unknown."
+    half = stats.t.ppf(0.5 + LEVEL / 200, len(by_S) - 1) * by_S.std(ddof=1) / np.sqrt(len(by_S))
+    head += f"; {LEVEL} % interval {by_S.mean() - half:+.4f} to {by_S.mean() + half:+.4f})"
+    if abs(by_S.mean()) > half:
+        return f"{head}: more than the spread over seeds."
+    return f"{head}: nothing found beyond the spread over seeds."

@@ -17,6 +17,8 @@ from experiments.studies import fits
 from experiments.studies.declared import Point, Study
 from experiments.studies.report import LOSS, complete
 
+LABEL = "validation loss (nats per token)"
+
 
 def draw(study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Saves the picture as a PNG, atomically."""
@@ -28,7 +30,6 @@ def draw(study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]], 
         _draw_papers(panels[1], study)
     for axes in panels:
         axes.set_xlabel(study.x_label)
-        axes.set_ylabel("validation loss (nats per token)")
         if study.shape == "log_line":
             axes.set_xscale("log")
         axes.spines[["top", "right"]].set_visible(False)
@@ -56,10 +57,15 @@ def _draw_ours(axes: Axes, study: Study, points: Sequence[Point], rows: Sequence
         x = shown(x_P.min(), x_P.max(), 200)
         axes.plot(x, curve.at(x), "--", color=color, label="fit, seeds paired")
     axes.set_title("this study", fontsize=10)
+    axes.set_ylabel(LABEL)
 
 
 def _draw_papers(axes: Axes, study: Study) -> None:
     paper = json.loads((Path(__file__).parent / "data" / study.paper).read_text())
     for (name, curve), (color, marker) in zip(paper["curves"].items(), STYLES[2:], strict=False):
-        axes.plot(*np.array(curve).T, marker, color=color, linestyle=":", label=name)
+        x, loss = np.array(curve).T
+        if study.shape == "valley":  # budgets lie far apart, and would flatten each other
+            name, loss = f"{name}: lowest {loss.min():.4f} at {x[loss.argmin()]:g}", loss - loss.min()
+        axes.plot(x, loss, marker, color=color, linestyle=":", label=name)
+    axes.set_ylabel("loss above the curve's lowest point" if study.shape == "valley" else LABEL)
     axes.set_title(paper["source"].split(";")[0], fontsize=9)

@@ -122,7 +122,7 @@ def losses_table(study: Study, points: Sequence[Point], rows: Sequence[dict[str,
     for point in points:
         ours = [row for row in rows if row["point"] == point.name]
         by = [row[LOSS] - baseline[row["seed"]] for row in ours if row["seed"] in baseline]
-        cells = [point.name, f"{point.x:g}", str(len(ours)), *map(_spread, ([r[LOSS] for r in ours], by))]
+        cells = [point.name, f"{point.x:,.10g}", str(len(ours)), *map(_spread, ([r[LOSS] for r in ours], by))]
         lines.append("| " + " | ".join([*cells, _spread([r[BITS] for r in ours])]) + " |")
     return [*lines, "", "Mean ± standard deviation over seeds; differences are paired by seed."]
 
@@ -142,5 +142,5 @@ def budget_table(study: Study, points: Sequence[Point]) -> list[str]:
         costs = quantities(point.config)
         model = point.config.model
         counts = [model.moe.n_routed_experts, sum(num_rows(model).values()), *(costs[n] for n in header[3:])]
-        lines.append(f"| {point.name} | {point.x:g} | " + " | ".join(f"{count:,.0f}" for count in counts) + " |")
+        lines.append(f"| {point.name} | {point.x:,.10g} | " + " | ".join(f"{count:,.0f}" for count in counts) + " |")
     return lines

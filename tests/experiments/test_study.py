@@ -203,7 +203,7 @@ def test_a_valley_is_found_with_its_interval(tmp_path, points):
     assert found
     where, low, high = map(float, found.groups())
     assert low < where < high and where == pytest.approx(72, abs=2) and high - low < 10
-    assert "more than the spread" not in text  # seeds differ by 0.1, and what is gained is less
+    assert "against rho100: -0.0" in text and "): more than the spread" in text  # though seeds lie 0.1 apart
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * len(points)
     for point in points:
@@ -253,7 +253,9 @@ def test_a_lines_slope_and_interval():
 
 
 def test_differences_are_held_against_the_spread():
-    a, b = np.array([4.0, 4.1]), np.array([4.3, 4.4])
-    assert "-0.3000 nats" in fits.difference(a, b, "a", "b") and "more than" in fits.difference(a, b, "a", "b")
-    assert "Nothing found" in fits.difference(a, a + 0.05, "a", "b")
-    assert "unknown" in fits.difference(a[:1], b[:1], "a", "b")
+    a = np.array([4.0, 4.5, 4.1])
+    clear = fits.difference(a, a + np.array([0.30, 0.31, 0.32]), "a", "b")
+    # Mean 0.31, standard deviation 0.01, and 4.3027 of Student's t with 2 degrees of freedom.
+    assert "-0.3100 nats" in clear and "interval -0.3348 to -0.2852): more than" in clear
+    assert "): nothing found" in fits.difference(a, a + np.array([0.1, -0.05, 0.2]), "a", "b")
+    assert "unknown" in fits.difference(a[:1], a[:1] + 0.3, "a", "b")
