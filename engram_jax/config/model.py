@@ -210,7 +210,7 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"
     """Dtype of activations and matrix products. Parameters and optimizer state are float32."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass recomputes: nothing, every block, or all but the matrix products."""
+    """What the backward pass recomputes: nothing, every block and Engram reader, or all but the matrix products."""
     attend_across_documents: bool = False
     """True: attention in a packed row does not stop at document boundaries."""
     loss_chunk_len: int = 0
