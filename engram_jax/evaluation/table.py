@@ -113,10 +113,8 @@ def _paired(of_task: Sequence[dict[str, Any] | None], name: str) -> list[str]:
 
 
 def _same_tokens(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return all(
-        a["details"].get(key) == b["details"].get(key) != None  # noqa: E711
-        for key in ("documents_sha256", "context", "stride")
-    )
+    keys = ("documents_sha256", "context", "stride")
+    return all(key in a["details"] and a["details"][key] == b["details"].get(key) for key in keys)
 
 
 def _not_comparable(word: str, found: Sequence[Column], of_task: Sequence[dict[str, Any] | None]) -> list[str]:
