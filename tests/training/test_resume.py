@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -132,23 +133,29 @@ def test_ctrl_c_on_the_command_line(config, compiled_programs, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+def is_half_written(folder):
+    return any(UNFINISHED in path.name for path in (folder / "checkpoints").iterdir())
+
+
 @pytest.mark.slow
 def test_kill_9_again_and_again(config, compiled_programs, tmp_path):
-    """At random moments, with a checkpoint under way at most of them, until the run is done."""
+    """At random moments, and every other time in the middle of a checkpoint, until the run is done."""
     config = replace(config, train__steps=40, checkpoint__every=1)
     undisturbed, killed = (Command(config, tmp_path / name, compiled_programs) for name in ("undisturbed", "killed"))
     undisturbed.finish()
     half_written = 0
-    for _ in range(6):
+    for attempt in range(6):
         process = killed.start()
-        steps_left = random.randint(1, 8)
+        steps_left = random.randint(1, 4)
         for line in process.stdout:
             steps_left -= line.startswith("step ") and "loss" in line
             if steps_left == 0:
                 break
+        while attempt % 2 and process.poll() is None and not is_half_written(killed.folder):
+            time.sleep(0.0005)  # a checkpoint follows every step: one is begun soon
         process.kill()
         process.communicate()
-        half_written += any(UNFINISHED in path.name for path in (killed.folder / "checkpoints").iterdir())
+        half_written += is_half_written(killed.folder)
     assert half_written > 0
     out = killed.finish()
     assert "Resumed at step" in out
