@@ -27,6 +27,7 @@ from engram_jax.training.errors import FAILED, FINISHED, MISTAKEN, RunError
 from experiments.command_line import field_paths, parsed
 from experiments.registry import nearest
 from experiments.studies import STUDIES
+from experiments.studies.analysed import write_analysis
 from experiments.studies.declared import Point, Study
 from experiments.studies.execute import agree_on_plan, execute, is_finished, run_dir
 from experiments.studies.report import budget_table, write_report
@@ -71,17 +72,21 @@ def run(arguments: list[str]) -> int:
     options = parse(study, overrides)
     require(options.seeds > 0, f"--seeds {options.seeds}: give 1 or more.")
     points = study.at(options.config)
-    study_dir = options.out / name / options.scale
+    study_dir, report_dir = study.run_folder(options.out, options.scale), options.out / name / options.scale
     if options.print:
         print(_plan(study, points, options.seeds, study_dir))
         return FINISHED
-    agree_on_plan(study_dir, name, points, write=not options.report_only)
+    agree_on_plan(study_dir, study.trained_in or name, points, write=not options.report_only)
     if not options.report_only:
         print(_plan(study, points, options.seeds, study_dir), flush=True)
         if status := execute(study_dir, points, options.seeds, train, lambda line: print(line, flush=True)):
             return status  # stopped by somebody who does not want the next run either
-    print(write_report(study, points, options.seeds, study_dir))
-    print(f"Report, raw numbers and picture: {study_dir}/report.md, results.jsonl, study.png")
+    if study.analyse:
+        print(write_analysis(study, points, options.seeds, study_dir, report_dir))
+        print(f"Report, raw numbers and pictures: {report_dir}")
+    else:
+        print(write_report(study, points, options.seeds, study_dir))
+        print(f"Report, raw numbers and picture: {study_dir}/report.md, results.jsonl, study.png")
     return FINISHED
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from engram_jax.config import ConfigError, RunConfig, replace, require, to_dict
@@ -30,6 +31,18 @@ class Point:
 
 
 @dataclass(frozen=True)
+class FinishedRun:
+    point: str
+    seed: int
+    folder: Path
+
+
+Analysis = Callable[[Sequence[FinishedRun], Path], list[str]]
+"""Looks into finished runs (whole seeds: every point of each), writes raw numbers and pictures into the folder, and
+returns what report.md says: verdict in words computed from the numbers, then tables."""
+
+
+@dataclass(frozen=True)
 class Study:
     name: str
     question: str
@@ -37,8 +50,9 @@ class Study:
     scales: Mapping[str, Callable[[], RunConfig]]
     """By `--scale`, the run that the points are made from, overrides applied."""
     points: Callable[[RunConfig], tuple[Point, ...]]
-    shape: Literal["valley", "log_line"]
-    """What is fitted to loss against x: a parabola with a lowest point, or a line in log10(x)."""
+    shape: Literal["valley", "log_line", "differences"]
+    """What is fitted to loss against x: a parabola with a lowest point, a line in log10(x), or nothing: then the
+    points have no order, and each is compared with the baseline."""
     varies: tuple[str, ...] = ()
     """Quantities that need not be equal over the points: TOTAL where memory comes on top."""
     baseline: str = ""
@@ -46,6 +60,14 @@ class Study:
     paper: str = ""
     """File under data/ with the paper's curves."""
     caveats: tuple[str, ...] = field(default=())
+    analyse: Analysis | None = None
+    """Of a study that looks into its runs; its report is what this makes of them."""
+    trained_in: str = ""
+    """Name of the study whose runs it looks into: trained in that one's folder, once for all that look."""
+
+    def run_folder(self, out: Path, scale: str) -> Path:
+        """Where its runs are."""
+        return out / (self.trained_in or self.name) / scale
 
     def at(self, base: RunConfig) -> tuple[Point, ...]:
         """The points made from `base`, proved to cost the same.

@@ -51,7 +51,7 @@ def _draw_ours(axes: Axes, study: Study, points: Sequence[Point], rows: Sequence
         axes.plot([x] * len(values), values, ".", color=STYLES[0][0], alpha=0.4, markersize=4)
     _, loss_PS = complete(points, rows)
     x_P = np.array([point.x for point in points])
-    curve = fits.fit(study.shape, x_P, loss_PS)
+    curve = None if study.shape == "differences" else fits.fit(study.shape, x_P, loss_PS)
     if curve is not None:
         shown = np.geomspace if study.shape == "log_line" else np.linspace
         x = shown(x_P.min(), x_P.max(), 200)

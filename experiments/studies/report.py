@@ -30,13 +30,13 @@ def write_report(study: Study, points: Sequence[Point], seeds: int, study_dir: P
 
     rows = results(points, seeds, study_dir)
     text = report(study, points, seeds, rows)
-    _write(study_dir / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(study_dir / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     draw(study, points, rows, study_dir / "study.png")
-    _write(study_dir / "report.md", text)
+    write_text(study_dir / "report.md", text)
     return text
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Atomic."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
@@ -96,8 +96,10 @@ def verdict(study: Study, points: Sequence[Point], seeds: int, rows: Sequence[di
     if not which:
         return [*sentences, "No seed has all its points yet, so nothing is compared."]
     x_P = np.array([point.x for point in points])
-    curve = fits.fit(study.shape, x_P, loss_PS)
-    if curve is None:
+    curve = None if study.shape == "differences" else fits.fit(study.shape, x_P, loss_PS)
+    if study.shape == "differences":
+        pass
+    elif curve is None:
         need = "two seeds" if len(which) < 2 else "more points"
         sentences.append(f"No curve is fitted: that takes {need}; with less, its spread is unknown.")
     else:

@@ -1,5 +1,6 @@
 """Studies: equal costs are proved, runs are shared and resumed, and the report says what its numbers say."""
 
+import dataclasses
 import fcntl
 import json
 import multiprocessing
@@ -259,3 +260,40 @@ def test_differences_are_held_against_the_spread():
     assert "-0.3100 nats" in clear and "interval -0.3348 to -0.2852): more than" in clear
     assert "): nothing found" in fits.difference(a, a + np.array([0.1, -0.05, 0.2]), "a", "b")
     assert "unknown" in fits.difference(a[:1], a[:1] + 0.3, "a", "b")
+
+
+# --- studies that look into runs ---
+
+
+@pytest.fixture
+def looking(monkeypatch):
+    """A study that looks into the pair's runs and says what it was given."""
+
+    def analyse(runs, folder):
+        (folder / "results.jsonl").write_text("{}\n")
+        return [f"Looked into {', '.join(f'{run.point}-{run.seed}' for run in runs)}."]
+
+    study = dataclasses.replace(STUDIES["pair"], name="looking", trained_in="pair", analyse=analyse)
+    monkeypatch.setitem(STUDIES, "looking", study)
+    return study
+
+
+def test_runs_are_trained_once_for_all_that_look(capsys, tmp_path, monkeypatch, looking):
+    trained = []
+
+    def train(config, folder):
+        trained.append(folder)
+        return finish(config, folder)
+
+    monkeypatch.setattr(command, "train", train)
+    assert command.main(["pair", "--out", str(tmp_path), "--seeds", "2"]) == 0
+    assert command.main(["looking", "--out", str(tmp_path), "--seeds", "2"]) == 0
+    assert len(trained) == 4 and {folder.parts[-4] for folder in trained} == {"pair"}
+    report = (tmp_path / "looking" / "tiny" / "report.md").read_text()
+    assert report in capsys.readouterr().out and "Looked into moe-0, engram-0, moe-1, engram-1." in report
+    (trained[3] / "result.json").unlink()
+    assert command.main(["looking", "--out", str(tmp_path), "--seeds", "2", "--report_only"]) == 0
+    assert "Looked into moe-0, engram-0." in capsys.readouterr().out
+    (trained[0] / "result.json").unlink()
+    assert command.main(["looking", "--out", str(tmp_path), "--seeds", "2", "--report_only"]) == 1
+    assert "no seed with all of its runs (moe, engram) finished" in capsys.readouterr().err
