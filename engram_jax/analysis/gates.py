@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from engram_jax.config import require
 from engram_jax.data.tokenizer import Tokenizer
 from engram_jax.layers.engram import RecordingReader
+from engram_jax.memory.store import MemoryRows
 from engram_jax.sharding import spec
 from engram_jax.training.assembly import Parts
 from engram_jax.training.state import TrainState
@@ -49,13 +50,19 @@ def _gates(parts: Parts, state: TrainState, buffer_T: jax.Array, length: jax.Arr
     tokens_BT, segment_ids_BT = one_document(parts, buffer_T, length)
     plan = parts.store.plan(tokens_BT, segment_ids_BT)
     rows = parts.store.fetch(state.memory, plan, state.step)
+    gates = recorded_gates(parts, state, rows, tokens_BT, segment_ids_BT)
+    return {layer: gate_BTM[0] for layer, gate_BTM in gates.items()}
+
+
+def recorded_gates(
+    parts: Parts, state: TrainState, rows: MemoryRows, tokens_BT: jax.Array, segment_ids_BT: jax.Array
+) -> dict[str, jax.Array]:
+    """Each Engram layer's gates [B, T, M] in one forward pass, whole on every device. Call under jit."""
     model = parts.model(state.params, state.buffers)
     recorders = {layer: RecordingReader(reader) for layer, reader in model.engram.items()}
     model.engram = nnx.Dict(recorders)  # type: ignore[assignment]  # called as a reader is
     model.hidden(tokens_BT, rows, segment_ids_BT)
-    return {
-        layer: jax.reshard(recorder.gate_btm[...], spec(None, None, None))[0] for layer, recorder in recorders.items()
-    }
+    return {layer: jax.reshard(recorder.gate_btm[...], spec(None, None, None)) for layer, recorder in recorders.items()}
 
 
 def one_document(parts: Parts, buffer_T: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
