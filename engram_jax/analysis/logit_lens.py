@@ -1,0 +1,116 @@
+"""The logit lens: what a model would predict if it ended after a block, and how far that is from what it does predict.
+
+A state passes the final norm and the head as the last one does (nostalgebraist 2020). The distance is the
+Kullback-Leibler divergence, and the paper (section 6.1, figure 4a) does not say in which direction, so both are here:
+
+    final||layer   sum p_final log(p_final / p_layer): nats lost by coding the model's prediction with the layer's
+    layer||final   sum p_layer log(p_layer / p_final): punishes a layer for what the model then rules out
+
+Legend: B batch, T tokens, C positions whose logits exist at a time, D hidden size, V vocabulary, L states of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from engram_jax.analysis.hidden_states import state_batches
+from engram_jax.evaluation.statistics import Metric, ratio
+from engram_jax.evaluation.under_test import UnderTest, chunk_length
+from engram_jax.sharding import placed
+from engram_jax.training.assembly import Parts
+from engram_jax.training.state import TrainState
+
+DIRECTIONS = ("final||layer", "layer||final")
+STYLES = tuple(zip(("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), "osD^vP", strict=True))
+
+
+def divergences(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p||q) and KL(q||p) in nats over the last axis, from log-probabilities: [2, ...]."""
+    by = log_p - log_q
+    return jnp.stack([jnp.sum(jnp.exp(log_p) * by, axis=-1), jnp.sum(jnp.exp(log_q) * -by, axis=-1)])
+
+
+def logit_lens(
+    model: UnderTest, sequences: Sequence[np.ndarray], documents: Sequence[int] | None = None
+) -> dict[str, list[Metric]]:
+    """Mean divergence over the positions that predict an id of their sequence, by direction: an entry for the embedding
+    and each block, the last of them 0.
+
+    Args:
+      sequences: ids of documents with their bos, or windows of them (evaluation/windows.py), padded and batched here.
+      documents: which document each sequence is of; standard errors are clustered by it. None: each its own.
+
+    Raises:
+      ConfigError: a sequence has no ids.
+    """
+    owners = np.arange(len(sequences)) if documents is None else np.unique(documents, return_inverse=True)[1]
+    num_states = model.parts.config.model.num_hidden_layers + 1
+    sums = np.zeros((len(DIRECTIONS), num_states, int(owners.max(initial=-1)) + 1))
+    sizes = np.zeros(sums.shape[-1])
+    for first, is_token_BT, states_LBTD in state_batches(model, sequences):
+        # The last id is only predicted.
+        is_scored_BT = np.concatenate([is_token_BT[:, 1:], np.zeros_like(is_token_BT[:, :1])], axis=1)
+        B, T = is_token_BT.shape
+        chunk = chunk_length(B, T, model.parts.config.model.vocab_size)
+        with jax.set_mesh(model.parts.mesh):
+            parts = [_divergences(model.parts, chunk, model.state, states_LBTD, start) for start in range(0, T, chunk)]
+            all_2LBT = np.concatenate(jax.device_get(parts), axis=-1).astype(np.float64)
+        count = len(sequences[first : first + len(is_token_BT)])
+        summed_2LB = np.where(is_scored_BT, all_2LBT, 0).sum(-1)
+        for row, owner in enumerate(owners[first : first + count]):
+            sums[:, :, owner] += summed_2LB[:, :, row]
+            sizes[owner] += is_scored_BT[row].sum()
+    return {
+        direction: [ratio(of_layer, sizes, unit="nats") for of_layer in of_direction]
+        for direction, of_direction in zip(DIRECTIONS, sums, strict=True)
+    }
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _divergences(parts: Parts, chunk: int, state: TrainState, states_LBTD: jax.Array, start: jax.Array) -> jax.Array:
+    """float32 [2, L, B, C]."""
+    model = parts.model(state.params, state.buffers)
+    states_LBCD = placed(jax.lax.dynamic_slice_in_dim(states_LBTD, start, chunk, axis=2), None, "batch", "seq", None)
+
+    def log_probabilities(x_BCD: jax.Array) -> jax.Array:
+        return jax.nn.log_softmax(model.logits(model.final_norm(x_BCD)).astype(jnp.float32), axis=-1)
+
+    final_BCV = log_probabilities(states_LBCD[-1])
+    # One layer's logits at a time.
+    all_L2BC = jax.lax.map(lambda x_BCD: divergences(final_BCV, log_probabilities(x_BCD)), states_LBCD)
+    return placed(jnp.moveaxis(all_L2BC, 1, 0), None, None, None, None)
+
+
+def draw_lens(axes: Axes, curves: Mapping[str, np.ndarray], first: int = -1) -> None:
+    """Curves [runs, L] by label: the mean over runs as a line, each run as dots. Layer `first` is the first entry."""
+    for (label, curve_RL), (color, marker) in zip(curves.items(), STYLES * len(curves), strict=False):
+        layers = first + np.arange(curve_RL.shape[1])
+        axes.plot(layers, curve_RL.mean(0), color=color, linewidth=1.5, label=label)
+        for curve_L in curve_RL:
+            axes.plot(layers, curve_L, marker, color=color, markersize=3, alpha=0.5)
+    axes.set_xlabel("layer" if first >= 0 else "layer (-1: embedding)")
+    axes.set_ylabel("KL divergence (nats)")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def plot_lens(lenses: Mapping[str, Sequence[Mapping[str, Sequence[Metric]]]]) -> Figure:
+    """A panel for each direction and a curve for each label, the mean of its runs; save it with `figure.savefig`."""
+    figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
+    for axes, direction in zip(figure.subplots(1, len(DIRECTIONS)), DIRECTIONS, strict=True):
+        curves = {
+            label: np.array([[metric.value for metric in lens[direction]] for lens in runs])
+            for label, runs in lenses.items()
+        }
+        draw_lens(axes, curves)
+        axes.set_title(f"KL({direction})", fontsize=10)
+    return figure
