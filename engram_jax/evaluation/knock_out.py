@@ -1,12 +1,24 @@
-"""Memory scaled or switched off at evaluation time: what the rest of the model does without it (paper, section 6.3)."""
+"""Memory scaled, switched off or robbed of some rows at evaluation time: what the rest of the model does without it
+(paper, section 6.3).
+
+Legend: B batch, T tokens, H rows per token, D row width, U rows that an owner must read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from engram_jax.config import EngramConfig, require
+from engram_jax.memory.store import MemoryState, MemoryStore
+from engram_jax.memory.table import TableState
+from engram_jax.sharding import placed, spec
 
 if TYPE_CHECKING:
     from engram_jax.training.state import TrainState
@@ -50,3 +62,59 @@ def scale_memory(state: TrainState, scales: Mapping[int, float]) -> TrainState:
             reader = readers[str(layer)]
             readers[str(layer)] = reader | {name: reader[name] * scale for name in ROW_PROJECTIONS if name in reader}
     return replace(state, params=state.params | {"engram": readers}) if readers else state
+
+
+def forget_rows(store: MemoryStore, state: TrainState, layer: str, rows_TH: np.ndarray) -> TrainState:
+    """The state in which these rows of a layer's table are zero and at rest: a copy, for evaluation.
+
+    Call it under the mesh of the store.
+
+    Args:
+      rows_TH: int32, for each of T tokens its rows as hashing gives them, or -1 in a head whose row stays.
+    """
+    mesh = jax.sharding.get_mesh()
+    devices = 1 if mesh.empty else mesh.size
+    # A plan names a row of every head for every token, and its tokens are cut over all devices: each gets all of them.
+    filled_TH = np.where(rows_TH < 0, np.array(store.constants.offsets(int(layer))), rows_TH).astype(np.int32)
+    shape = (devices, len(rows_TH) * devices, rows_TH.shape[1])
+    ids_BTH, is_chosen_BTH = (
+        placed(jnp.asarray(np.broadcast_to(np.repeat(x_TH, devices, axis=0), shape)), "batch", "own_seq", None)
+        for x_TH in (filled_TH, rows_TH >= 0)
+    )
+    return replace(state, memory=_forget(store, layer, state.memory, ids_BTH, is_chosen_BTH))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _forget(
+    store: MemoryStore, layer: str, memory: MemoryState, ids_BTH: jax.Array, is_chosen_BTH: jax.Array
+) -> MemoryState:
+    plan = store.plan_ids(
+        {name: ids_BTH if name == layer else _any_rows(store, name, ids_BTH) for name in store.layers}
+    )
+    plan = {layer: plan[layer]}
+    held = store.load(memory, plan)[layer]
+    # What is said of a lookup reaches its row as gradients do.
+    said_BTHD = jnp.broadcast_to(
+        is_chosen_BTH.astype(jnp.float32)[..., None],
+        (*ids_BTH.shape, store.config.engram_head_dim),
+        out_sharding=spec("batch", "own_seq", None, None),
+    )
+    said_UD = store.reduce(plan, {layer: said_BTHD})[layer]
+
+    def local(held: TableState, said_UD: jax.Array) -> TableState:
+        is_chosen_U = said_UD[:, 0] > 0
+
+        def zeroed(x_U: jax.Array) -> jax.Array:
+            return jnp.where(is_chosen_U.reshape(-1, *[1] * (x_U.ndim - 1)), jnp.zeros_like(x_U), x_U)
+
+        # With its optimizer rows: catch-up would move a zero row on by the momentum it had.
+        return replace(held, rows=zeroed(held.rows), slots=jax.tree.map(zeroed, held.slots))
+
+    saved = store.save(memory, plan, {layer: store.on_shards(local, held, said_UD)})
+    return replace(memory, tables=memory.tables | saved.tables)
+
+
+def _any_rows(store: MemoryStore, layer: str, ids_BTH: jax.Array) -> jax.Array:
+    """The first row of every head: a plan is made of all layers at once."""
+    offsets_H = jnp.array(store.constants.offsets(int(layer)), jnp.int32)
+    return jnp.zeros_like(ids_BTH) + offsets_H[None, None]
