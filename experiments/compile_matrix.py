@@ -103,7 +103,9 @@ def _cell(report: dict[str, Any]) -> list[str]:
     train = report["programs"]["train"]
     mesh = " ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1)
     memory, parts = train["memory"], str(report["config"]["train"]["grad_accum"])
-    needed = [f"{size(memory['needed'])} of {size(memory['available'])}", "fits" if report["fits"] else "too large"]
+    is_bound = "reported" not in memory  # a cell of before the buffer assignment was read: fits, or nobody knows
+    verdict = "fits" if report["fits"] else "not known" if is_bound else "too large"
+    needed = [f"{'at most ' * is_bound}{size(memory['needed'])} of {size(memory['available'])}", verdict]
     if "times" not in train:
         return [mesh, parts, *needed, "", "", "", "", ""]
     low, high = (train["times"]["estimates"][name] for name in ("overlapped", "in turn"))

@@ -20,13 +20,14 @@ from engram_jax.aot.chips import Topology, topology
 from engram_jax.config import ConfigError, RunConfig, from_dict, to_dict
 from engram_jax.training.errors import RunError
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # the topology's chips are described, never opened
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two compiles at once would trip over libtpu's lock file
     "TPU_SKIP_MDS_QUERY": "1",  # nor is there a cloud to ask
     "TPU_LOG_DIR": "disabled",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
+"""What libtpu needs to be told where there is no TPU."""
 
 
 def compile_apart(
@@ -45,7 +46,7 @@ def compile_apart(
         "detail": detail,
         "keep_hlo": str(keep_hlo.resolve()) if keep_hlo else None,
     }
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | _ENVIRONMENT
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | ENVIRONMENT
     with tempfile.TemporaryDirectory() as folder:
         ordered["answer"] = str(Path(folder) / "answer.json")
         done = subprocess.run(

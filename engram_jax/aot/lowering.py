@@ -7,10 +7,12 @@ Needs libtpu; call it in a process of its own (child.py).
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -161,6 +163,10 @@ class Compiled:
     sizes: Any
     """The compiler's memory analysis, of one device."""
     seconds: float
+    allocated: int = 0
+    """Bytes of one device's HBM that its buffer assignment takes, arguments and results with the rest; 0: unknown."""
+    is_accepted: bool = True
+    """False: it exceeds the chip's memory, and was compiled only to say where."""
 
 
 class TooLarge(Exception):
@@ -178,19 +184,35 @@ def compiled(lowered: jax.stages.Lowered, detail: bool = True) -> Compiled:
     Raises:
       TooLarge: it exceeds the chip's memory, and the compiler won't go on.
     """
-    start = time.perf_counter()
+    start, is_accepted = time.perf_counter(), True
     try:
-        done = lowered.compile()
+        done, size = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         if "Ran out of memory" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         if not detail:
             raise TooLarge(str(error)) from None
+        is_accepted = False
         try:
-            done = lowered.compile(compiler_options={"xla_tpu_no_crash_on_oom": "true"})
+            done, size = _compile(lowered, xla_tpu_no_crash_on_oom="true")
         except jax.errors.JaxRuntimeError:
             raise TooLarge(str(error)) from None
-    return Compiled(done.as_text() or "", done.memory_analysis(), time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Compiled(done.as_text() or "", done.memory_analysis(), seconds, size, is_accepted)
+
+
+def _compile(lowered: jax.stages.Lowered, **options: Any) -> tuple[jax.stages.Compiled, int]:
+    """The program, and what its buffer assignment takes: only a dump says that."""
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        return lowered.compile(compiler_options={**dump, **options}), allocated(Path(folder))
+
+
+def allocated(folder: Path) -> int:
+    """Bytes of a device's HBM by the memory report in a compiler's dump, of its largest program; 0: there is none."""
+    texts = [file.read_text() for file in folder.glob("*memory-usage-report.txt")]
+    totals = [re.search(r"color=0\)\s*Total bytes: (\d+)", text) for text in texts]
+    return max((int(total.group(1)) for total in totals if total), default=0)
 
 
 def memory_in(message: str) -> int:

@@ -14,6 +14,7 @@ import jax
 
 from engram_jax.aot import hlo
 from engram_jax.aot.chips import Topology
+from engram_jax.aot.lowering import Compiled
 from engram_jax.aot.shapes import HBM, HOST
 from engram_jax.training.assembly import Parts
 
@@ -34,25 +35,31 @@ ARGUMENTS = {
 """Groups of a step's arguments by how their names begin; the longest that fits counts."""
 
 
-def hbm(module: hlo.Module, sizes: Any, where: Topology) -> dict[str, Any]:
-    entry, each = module.computations[module.entry], where.chip.devices
+def hbm(module: hlo.Module, compiled: Compiled, where: Topology) -> dict[str, Any]:
+    """Bytes of one chip by group, and whether they fit.
+
+    `fits` is the compiler's own verdict: it refuses a program that exceeds the chip. `needed` is what its buffer
+    assignment allocates. `reported`, its memory analysis, is larger: it counts what lies idle between arrays twice.
+    """
+    entry, each, sizes = module.computations[module.entry], where.chip.devices, compiled.sizes
     groups = Counter(dict.fromkeys(dict.fromkeys(ARGUMENTS.values()), 0))
     for i in entry.instructions.values():
         if i.opcode == "parameter" and i.shapes[0].space != HOST:
             groups[_group(i.scope)] += i.shapes[0].padded_bytes
-    kept = min(activations(module), sizes.temp_size_in_bytes)
-    groups["activations"] = kept
-    groups["temporaries"] = sizes.temp_size_in_bytes - kept
-    groups["results"] = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
-    groups["code"] = sizes.generated_code_size_in_bytes
+    arguments = sum(groups.values())
+    results = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+    code = sizes.generated_code_size_in_bytes
+    temporaries = compiled.allocated - arguments - results if compiled.allocated else sizes.temp_size_in_bytes
+    kept = min(activations(module), temporaries)
+    groups |= {"activations": kept, "temporaries": temporaries - kept, "results": results, "code": code}
     groups = {name: each * size for name, size in groups.items() if size}
-    needed = sum(groups.values())
     return {
         "groups": groups,
-        "needed": needed,
+        "needed": sum(groups.values()),
+        "reported": each * (arguments + results + code + sizes.temp_size_in_bytes),
         "peak": each * (getattr(sizes, "peak_memory_in_bytes", 0) or 0),
         "available": where.chip.hbm_bytes,
-        "fits": needed <= where.chip.hbm_bytes,
+        "fits": compiled.is_accepted,
     }
 
 

@@ -46,8 +46,9 @@ def _memory_rows(r: dict[str, Any]) -> list[list[str]]:
     for name, number in memory["groups"].items():
         rows.append([name, size(number), f"{number / memory['available']:.1%}"])
     verdict = "fits" if memory["fits"] else "does NOT fit"
-    rows.append(["together", size(memory["needed"]), f"{memory['needed'] / memory['available']:.1%}"])
-    return [*rows, ["of", size(memory["available"]), verdict]]
+    rows.append(["together, as allocated", size(memory["needed"]), f"{memory['needed'] / memory['available']:.1%}"])
+    rows.append(["(its memory analysis)", size(memory["reported"]), "idle gaps counted twice"])
+    return [*rows, ["of", size(memory["available"]), f"{verdict}: the compiler's verdict"]]
 
 
 def _time_rows(r: dict[str, Any], program: str) -> list[list[str]]:

@@ -41,7 +41,7 @@ def program_report(program: str, compiled: Compiled, parts: Parts, where: Topolo
     useful = share * flops_per_token(parts.config.model, data.seq_len) * tokens / where.chips
     return {
         "mesh": dict(parts.mesh.shape),
-        "memory": hbm(module, compiled.sizes, where),
+        "memory": hbm(module, compiled, where),
         "host": host(compiled.sizes, parts, where),
         "flops": {"model": useful, "compiled": each * done.flops, "every_branch": each * work(worst).flops},
         "bytes": {"hbm": each * done.hbm_bytes, "host_link": each * done.host_bytes},
@@ -66,7 +66,8 @@ def too_large_report(error: TooLarge, given: Mapping[str, Any], parts: Parts, wh
     groups = {name: where.chip.devices * size for name, size in argument_groups(given).items()}
     needed = max(where.chip.devices * error.needed, sum(groups.values()))
     groups["temporaries"] = needed - sum(groups.values())
-    memory = {"groups": groups, "needed": needed, "peak": needed, "available": where.chip.hbm_bytes, "fits": False}
+    sizes = {"needed": needed, "reported": needed, "peak": needed, "available": where.chip.hbm_bytes}
+    memory = {"groups": groups, **sizes, "fits": False}
     return {"mesh": dict(parts.mesh.shape), "memory": memory, "error": str(error)}
 
 

@@ -28,6 +28,7 @@ def played(needs, seconds=lambda config: 1.0, host=lambda config: 0):
             "memory": {
                 "groups": {"params": needed // 2, "temporaries": needed - needed // 2},
                 "needed": needed,
+                "reported": needed + GB,
                 "peak": needed,
                 "available": available,
                 "fits": needed <= available,

@@ -10,12 +10,10 @@ from engram_jax.aot.child import compile_apart
 from engram_jax.aot.chips import topology
 from engram_jax.config import ConfigError, replace
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="needs libtpu: uv sync --extra dev --extra tpu"
-    ),
-]
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: uv sync --extra dev --extra tpu"
+)
+pytestmark = [pytest.mark.slow, needs_libtpu]
 
 ROOM = 1.03
 """Compilers differ a little; a tensor that is gathered, copied or computed once more differs by more."""

@@ -1,9 +1,11 @@
 """What becomes of programs that the compiler gives up, and the tokenizer that stands in for a real one."""
 
+from pathlib import Path
+
 import jax
 import pytest
 
-from engram_jax.aot.lowering import TooLarge, compiled, memory_in, stand_in_tokenizer
+from engram_jax.aot.lowering import TooLarge, allocated, compiled, memory_in, stand_in_tokenizer
 from engram_jax.memory.compression import TokenMap
 
 REFUSED = (
@@ -11,17 +13,29 @@ REFUSED = (
     "available HBM (15.75G)."
 )
 
+REPORT = """Memory Space: default (color=0)
+Total bytes: 10200825856 (9.50GiB)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+  ------------------------------------------------------------
+    2.00GiB( 33%);    2.00GiB;   2147500032;                2; bf16[3145728,256], f32[2097152,256]
+
+Memory Space: vmem (color=1)
+Total bytes: 262144 (256.0KiB)
+"""
+
 
 class Lowered:
-    """A program whose compilation fails with these messages, one after the other, and then succeeds."""
+    """A program whose compilation fails with these messages, one after the other, and then succeeds and is dumped."""
 
     def __init__(self, *messages):
         self.messages, self.options = list(messages), []
 
-    def compile(self, compiler_options=None):
-        self.options.append(compiler_options)
+    def compile(self, compiler_options):
+        folder = Path(compiler_options["xla_dump_to"])
+        self.options.append(set(compiler_options) - {"xla_dump_to", "xla_dump_hlo_as_text"})
         if self.messages:
             raise jax.errors.JaxRuntimeError(self.messages.pop(0))
+        (folder / "module_0001.jit_step.after_optimizations-memory-usage-report.txt").write_text(REPORT)
         return self
 
     def as_text(self):
@@ -33,8 +47,23 @@ class Lowered:
 
 def test_what_is_too_large_is_compiled_again_for_the_details():
     lowered = Lowered(REFUSED)
-    assert compiled(lowered).text == "text"  # type: ignore[arg-type]
-    assert lowered.options == [None, {"xla_tpu_no_crash_on_oom": "true"}]
+    done = compiled(lowered)  # type: ignore[arg-type]
+    assert (done.text, done.allocated, done.is_accepted) == ("text", 10_200_825_856, False)
+    assert lowered.options == [set(), {"xla_tpu_no_crash_on_oom"}]
+
+
+def test_what_the_compiler_accepts_is_compiled_once():
+    lowered = Lowered()
+    assert compiled(lowered).is_accepted  # type: ignore[arg-type]
+    assert lowered.options == [set()]
+
+
+def test_a_dump_without_a_report_leaves_the_size_unknown(tmp_path):
+    assert allocated(tmp_path) == 0
+    (tmp_path / "a.memory-usage-report.txt").write_text(
+        "Memory Space: vmem (color=1)\nTotal bytes: 262144 (256.0KiB)\n"
+    )
+    assert allocated(tmp_path) == 0
 
 
 @pytest.mark.parametrize(
