@@ -4,6 +4,7 @@
   NAME --print           the plan: runs and the table of their equal costs, then stop
   NAME --scale small     at another size than tiny
   NAME --seeds 5         how often each point is trained (default 3)
+  NAME --points A B      only these of its points
   NAME --out DIR         where it goes (default studies/): DIR/NAME/SCALE
   NAME --report_only     report on the runs that are finished, train nothing
   NAME --train.steps 50  overrides a field of the run that all points are made from
@@ -28,7 +29,7 @@ from experiments.command_line import field_paths, parsed
 from experiments.registry import nearest
 from experiments.studies import STUDIES
 from experiments.studies.analysed import write_analysis
-from experiments.studies.declared import Point, Study
+from experiments.studies.declared import Point, Study, by_series
 from experiments.studies.execute import agree_on_plan, execute, is_finished, run_dir
 from experiments.studies.report import budget_table, write_report
 
@@ -40,6 +41,8 @@ class Options:
     """Size of the runs; --list names those there are."""
     seeds: int = 3
     """How often each point is trained, with the seeds 0, 1, ..."""
+    points: tuple[str, ...] = ()
+    """Names of the points to train and report on; --print shows them. All, if none is given."""
     out: Path = Path("studies")
     """Folder that holds a folder per study and scale."""
     print: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -71,12 +74,13 @@ def run(arguments: list[str]) -> int:
     study = STUDIES[name]
     options = parse(study, overrides)
     require(options.seeds > 0, f"--seeds {options.seeds}: give 1 or more.")
-    points = study.at(options.config)
+    all_points = study.at(options.config)
+    points = chosen(study, all_points, options.points)
     study_dir, report_dir = study.run_folder(options.out, options.scale), options.out / name / options.scale
     if options.print:
         print(_plan(study, points, options.seeds, study_dir))
         return FINISHED
-    agree_on_plan(study_dir, study.trained_in or name, points, write=not options.report_only)
+    agree_on_plan(study_dir, study.trained_in or name, all_points, write=not options.report_only)
     if not options.report_only:
         print(_plan(study, points, options.seeds, study_dir), flush=True)
         if status := execute(study_dir, points, options.seeds, train, lambda line: print(line, flush=True)):
@@ -88,6 +92,28 @@ def run(arguments: list[str]) -> int:
         print(write_report(study, points, options.seeds, study_dir))
         print(f"Report, raw numbers and picture: {study_dir}/report.md, results.jsonl, study.png")
     return FINISHED
+
+
+def chosen(study: Study, points: Sequence[Point], names: Sequence[str]) -> Sequence[Point]:
+    """The points of those names, in the study's order.
+
+    Raises:
+      ConfigError: there is no such point, or what the points are compared with is left out.
+    """
+    if not names:
+        return points
+    require(not study.analyse, f"--points: {study.name} looks into all of its runs; leave it out.")
+    known = [point.name for point in points]
+    for name in names:
+        require(name in known, f"--points {name}: {study.name} has {', '.join(known)}.")
+    left = [point for point in points if point.name in names]
+    for series, group in by_series(left).items():
+        baseline = study.baseline_of(by_series(points)[series]).name
+        require(
+            study.baseline == "" or any(point.name == baseline for point in group),
+            f"--points {' '.join(names)}: add {baseline}, which they are compared with.",
+        )
+    return left
 
 
 def parse(study: Study, arguments: Sequence[str]) -> Options:

@@ -12,6 +12,8 @@ SHARES = (0.40, 0.50, 0.60, 0.70, 0.75, 0.80, 0.90, 1.00)
 """Of rho, the experts' share of the sparse parameters (eq. 7)."""
 NEAR = 0.03
 """Whole experts do not hit every share; one that is missed by more is left out."""
+SMALL, LARGE = "C", "3C"
+"""The two budgets. The paper's larger one has 1.75 times the active parameters, and three times the compute."""
 
 
 def tiny() -> RunConfig:
@@ -35,7 +37,38 @@ def memory_of(base: RunConfig) -> EngramConfig:
     return replace(base.model.engram, engram_layer_ids=(1, base.model.num_hidden_layers // 2))
 
 
+def larger(base: RunConfig) -> RunConfig:
+    """Half as wide again and half as long again, for three times the compute: 2.9 times at the tiny scale.
+
+    The experts stay as many, so that both budgets have the same shares to offer.
+    """
+    model, attention = base.model, base.model.attention
+
+    def half_more(number: int) -> int:
+        require(number % 2 == 0, f"{number} heads or widths cannot become half as many again: give the run even ones.")
+        return number * 3 // 2
+
+    widths = {f"model__{name}": half_more(getattr(model, name)) for name in ("hidden_size", "intermediate_size")}
+    heads = {
+        f"model__attention__{name}": half_more(getattr(attention, name))
+        for name in ("num_attention_heads", "num_key_value_heads", "kv_lora_rank")
+    }
+    return replace(
+        base,
+        **widths,
+        **heads,
+        model__moe__moe_intermediate_size=half_more(model.moe.moe_intermediate_size),
+        model__engram__engram_head_dim=half_more(model.engram.engram_head_dim),
+        train__steps=base.train.steps * 3 // 2,
+    )
+
+
 def points(base: RunConfig) -> tuple[Point, ...]:
+    """Both budgets, the smaller one first. Raises what `at_budget` does."""
+    return at_budget(base, SMALL) + at_budget(larger(base), LARGE, prefix=f"{LARGE}-")
+
+
+def at_budget(base: RunConfig, series: str, prefix: str = "") -> tuple[Point, ...]:
     """From most memory to none, x being rho in percent.
 
     Raises:
@@ -61,13 +94,13 @@ def points(base: RunConfig) -> tuple[Point, ...]:
         f"model.moe.n_routed_experts={moe.n_routed_experts} with {moe.num_experts_per_tok} active allows only "
         f"{len(chosen)} allocations, too few to find a lowest one among them: give the run more experts.",
     )
-    return tuple(Point(f"rho{100 * rho:03.0f}", round(100 * rho, 2), found[rho]) for rho in chosen)
+    return tuple(Point(f"{prefix}rho{100 * rho:03.0f}", round(100 * rho, 2), found[rho], series) for rho in chosen)
 
 
 ALLOCATION = Study(
     name="allocation",
     question="At fixed total and active parameters, which share of the idle ones should be experts (rho), the rest "
-    "being memory?",
+    "being memory; and does it move with the compute?",
     x_label="rho: experts' share of the sparse parameters, %",
     scales={"tiny": tiny, "small": small},
     points=points,
@@ -77,5 +110,6 @@ ALLOCATION = Study(
     caveats=(
         "Every point with memory has narrower experts than rho100, which pay for the reader's projections. In the "
         "paper's models these are too small to show. The step from rho100 to the next point holds this too.",
+        "Learning rates are the same at both budgets, tuned at neither.",
     ),
 )

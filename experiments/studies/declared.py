@@ -24,6 +24,10 @@ class Point:
     x: float
     config: RunConfig
     """Without a seed: `seeded` gives it one."""
+    series: str = ""
+    """Of the study's curves, the one it lies on. Each has its own fit, and its own proof of equal costs."""
+    varies: tuple[str, ...] = ()
+    """Quantities in which this one point may differ: those of a part that it goes without. Its report says by what."""
 
     def seeded(self, seed: int) -> RunConfig:
         """The run of that seed: weights and the order of the data. Equal seeds of two points see equal batches."""
@@ -56,9 +60,10 @@ class Study:
     varies: tuple[str, ...] = ()
     """Quantities that need not be equal over the points: TOTAL where memory comes on top."""
     baseline: str = ""
-    """The point that the others are compared with."""
+    """The point that the others are compared with. Of a series, the point of that name after the series': `3C-rho100`;
+    if there is none, its first."""
     paper: str = ""
-    """File under data/ with the paper's curves."""
+    """File under data/ with the paper's numbers: `curves` of [x, loss], or for "differences" `losses` by point."""
     caveats: tuple[str, ...] = field(default=())
     analyse: Analysis | None = None
     """Of a study that looks into its runs; its report is what this makes of them."""
@@ -78,8 +83,23 @@ class Study:
         for path, seed in {"train.seed": base.train.seed, "data.seed": base.data.seed}.items():
             require(seed == 0, f"{path}={seed}: a study numbers its seeds from 0; say how many with --seeds.")
         points = self.points(base)
-        prove(points, self.varies)
+        for group in by_series(points).values():
+            prove(group, self.varies)
+        same_data(points)
         return points
+
+    def baseline_of(self, points: Sequence[Point]) -> Point:
+        """Of one series' points, the one that the others are compared with."""
+        names = {self.baseline, f"{points[0].series}-{self.baseline}"}
+        return next((point for point in points if point.name in names), points[0])
+
+
+def by_series(points: Sequence[Point]) -> dict[str, list[Point]]:
+    """The points of every series, in their order."""
+    groups: dict[str, list[Point]] = {}
+    for point in points:
+        groups.setdefault(point.series, []).append(point)
+    return groups
 
 
 def quantities(config: RunConfig) -> dict[str, float]:
@@ -94,15 +114,16 @@ def quantities(config: RunConfig) -> dict[str, float]:
 
 
 def prove(points: Sequence[Point], varies: Sequence[str] = ()) -> None:
-    """Any two runs cost the same, to TOLERANCE, and see the same batches.
+    """Any two runs cost the same, to TOLERANCE, but for what the study or a point declares to vary.
 
     Raises:
       ConfigError: names the run, the quantity and both numbers.
     """
     require(len(points) > 1, "a study compares at least two points.")
-    costs = {point.name: quantities(point.config) for point in points}
+    all_costs = {point.name: quantities(point.config) for point in points}
     for quantity in (TOTAL, ACTIVE, FLOPS, TOKENS):
-        if quantity in varies:
+        costs = {p.name: all_costs[p.name] for p in points if quantity not in (*varies, *p.varies)}
+        if len(costs) < 2:
             continue
         least = min(costs, key=lambda name: costs[name][quantity])
         most = max(costs, key=lambda name: costs[name][quantity])
@@ -113,6 +134,11 @@ def prove(points: Sequence[Point], varies: Sequence[str] = ()) -> None:
                 f"{most} has {high:,.0f} {quantity} and {least} has {low:,.0f}: {high / low - 1:.1%} apart, and a "
                 f"study allows {allowed:.0%}. Change both alike, or leave one of the two out."
             )
+    same_data(points)
+
+
+def same_data(points: Sequence[Point]) -> None:
+    """Raises `ConfigError` unless all see the same text in the same order."""
     first = points[0]
     for point in points[1:]:
         ours, theirs = to_dict(point.config.data), to_dict(first.config.data)

@@ -33,7 +33,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def agree_on_plan(study_dir: Path, name: str, points: Sequence[Point], write: bool = True) -> None:
-    """Writes plan.json, or compares with the one that is there. More seeds of the same points are welcome.
+    """Writes plan.json, or compares with the one that is there. More seeds are welcome, and so are more points.
 
     Raises:
       ConfigError: the folder holds a study with other settings or of another version, or is none.
@@ -46,8 +46,7 @@ def agree_on_plan(study_dir: Path, name: str, points: Sequence[Point], write: bo
         if write:
             study_dir.mkdir(parents=True, exist_ok=True)
             # By its own name, and linked: of two processes that start at once, one writes the plan and both read it.
-            own = study_dir / f"plan.{os.getpid()}.tmp"
-            own.write_text(json.dumps(ours, indent=2) + "\n")
+            own = _written(study_dir, ours)
             with contextlib.suppress(FileExistsError):
                 os.link(own, path)
             own.unlink()
@@ -64,6 +63,15 @@ def agree_on_plan(study_dir: Path, name: str, points: Sequence[Point], write: bo
             f"{study_dir} holds a study with other settings ({'; '.join(changed[:4])}{more}). Give this one its own "
             "--out, or delete that folder to start again."
         )
+    if write and len(ours["points"]) > len(saved["points"]):
+        _written(study_dir, ours).replace(path)
+
+
+def _written(study_dir: Path, plan: dict[str, Any]) -> Path:
+    """A file of this process's own with the plan."""
+    own = study_dir / f"plan.{os.getpid()}.tmp"
+    own.write_text(json.dumps(plan, indent=2) + "\n")
+    return own
 
 
 def _described(point: Point) -> dict[str, Any]:
@@ -73,9 +81,9 @@ def _described(point: Point) -> dict[str, Any]:
 def _changes(ours: dict[str, Any], saved: dict[str, Any]) -> list[str]:
     lines = [f"{key}: {ours[key]} here, {saved[key]} there" for key in ("study", "version") if ours[key] != saved[key]]
     here, there = ({point["name"]: point for point in plan["points"]} for plan in (ours, saved))
-    if list(here) != list(there):
+    if not set(there) <= set(here):
         return [*lines, f"points: {', '.join(here)} here, {', '.join(there)} there"]
-    for name in here:
+    for name in there:
         a, b = (from_dict(RunConfig, points[name]["config"]) for points in (here, there))
         lines += [f"{name}: {line}" for line in _differences(a, b)]
     return lines

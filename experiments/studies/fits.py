@@ -99,12 +99,40 @@ def difference(ours_S: np.ndarray, theirs_S: np.ndarray, ours: str, theirs: str)
     Seed by seed, since equal seeds see equal batches: what a seed does to both is no reason to doubt the difference.
     """
     by_S = ours_S - theirs_S
+    head = measured(by_S, ours, theirs)
+    if len(by_S) < 2:
+        return f"{head}. With one seed the spread over seeds is unknown."
+    low, high = interval(by_S)
+    if low <= 0 <= high:
+        return f"{head}: nothing found beyond the spread over seeds."
+    return f"{head}: more than the spread over seeds."
+
+
+def measured(by_S: np.ndarray, ours: str, theirs: str) -> str:
+    """The difference and its interval, without a verdict."""
     listed = ", ".join(f"{by:+.4f}" for by in by_S)
     head = f"{ours} against {theirs}: {by_S.mean():+.4f} nats per token (seed by seed {listed}"
     if len(by_S) < 2:
-        return f"{head}). With one seed the spread over seeds is unknown."
+        return f"{head})"
+    low, high = interval(by_S)
+    return f"{head}; {LEVEL} % interval {low:+.4f} to {high:+.4f})"
+
+
+def interval(by_S: np.ndarray) -> tuple[float, float]:
+    """Student's, of the mean; infinite with one seed."""
+    if len(by_S) < 2:
+        return -np.inf, np.inf
     half = stats.t.ppf(0.5 + LEVEL / 200, len(by_S) - 1) * by_S.std(ddof=1) / np.sqrt(len(by_S))
-    head += f"; {LEVEL} % interval {by_S.mean() - half:+.4f} to {by_S.mean() + half:+.4f})"
-    if abs(by_S.mean()) > half:
-        return f"{head}: more than the spread over seeds."
-    return f"{head}: nothing found beyond the spread over seeds."
+    return float(by_S.mean() - half), float(by_S.mean() + half)
+
+
+def offset(x_P: np.ndarray, ours_PS: np.ndarray, x_Q: np.ndarray, theirs_QS: np.ndarray) -> tuple[float, np.ndarray]:
+    """How far our line lies above theirs, each fitted to the losses of one seed in log10(x).
+
+    Returns:
+      The x it is read at, in the middle of those that both lines cover, and the offset of every seed [S].
+    """
+    logs = np.log10(x_P), np.log10(x_Q)
+    middle = (max(log.min() for log in logs) + min(log.max() for log in logs)) / 2
+    ours, theirs = (np.polyfit(log, loss, 1) for log, loss in zip(logs, (ours_PS, theirs_QS), strict=True))
+    return float(10**middle), (ours - theirs).T @ np.array([middle, 1.0])

@@ -1,10 +1,10 @@
-"""A study's picture: losses with error bars over seeds and the fitted curve; the paper's curve beside it."""
+"""A study's picture: losses with error bars over seeds and the fitted curves; the paper's beside them."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,59 +13,106 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.compare_picture import STYLES
-from experiments.studies import fits
-from experiments.studies.declared import Point, Study
-from experiments.studies.report import LOSS, complete
+from experiments.studies import differences, fits
+from experiments.studies.declared import Point, Study, by_series
+from experiments.studies.results import complete, losses_by_seed
 
 LABEL = "validation loss (nats per token)"
+LOWEST = "loss above the curve's lowest point"
 
 
 def draw(study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Saves the picture as a PNG, atomically."""
-    figure = Figure(figsize=(13 if study.paper else 7, 5), dpi=150, layout="constrained")
+    is_list = study.shape == "differences"
+    height = max(5.0, 0.3 * len(points) + 1.5) if is_list else 5.0
+    figure = Figure(figsize=(13 if study.paper else 7, height), dpi=150, layout="constrained")
     panels = figure.subplots(1, 2 if study.paper else 1, squeeze=False)[0]
     figure.suptitle(study.question, fontsize=11, wrap=True)
-    _draw_ours(panels[0], study, points, rows)
+    if is_list:
+        _list_ours(panels[0], study, points, rows)
+    else:
+        _draw_ours(panels[0], study, points, rows)
     if study.paper:
-        _draw_papers(panels[1], study)
+        paper = json.loads((Path(__file__).parent / "data" / study.paper).read_text())
+        panels[1].set_title(paper["source"].split(";")[0], fontsize=9)
+        if is_list:
+            _list_papers(panels[1], paper["baseline"], differences.papers_differences(study))
+        else:
+            _draw_papers(panels[1], study, paper)
     for axes in panels:
+        axes.grid(axis="x" if is_list else "y", alpha=0.25)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if is_list:
+            continue
         axes.set_xlabel(study.x_label)
+        axes.legend(frameon=False, fontsize=8)
         if study.shape == "log_line":
             axes.set_xscale("log")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.25)
-        axes.legend(frameon=False, fontsize=8)
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, format="png")
     temporary.replace(path)
 
 
 def _draw_ours(axes: Axes, study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> None:
-    losses = {point.x: [row[LOSS] for row in rows if row["point"] == point.name] for point in points}
-    losses = {x: values for x, values in losses.items() if values}
-    means = [statistics.mean(values) for values in losses.values()]
-    deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in losses.values()]
-    color, marker = STYLES[1]
-    axes.errorbar(*(list(losses), means, deviations), fmt=marker, color=color, capsize=3, label="mean ± std over seeds")
-    for x, values in losses.items():
-        axes.plot([x] * len(values), values, ".", color=STYLES[0][0], alpha=0.4, markersize=4)
-    _, loss_PS = complete(points, rows)
-    x_P = np.array([point.x for point in points])
-    curve = None if study.shape == "differences" else fits.fit(study.shape, x_P, loss_PS)
-    if curve is not None:
-        shown = np.geomspace if study.shape == "log_line" else np.linspace
-        x = shown(x_P.min(), x_P.max(), 200)
-        axes.plot(x, curve.at(x), "--", color=color, label="fit, seeds paired")
+    groups, losses = by_series(points), losses_by_seed(rows)
+    lifts = study.shape == "valley" and len(groups) > 1  # budgets lie far apart, and would flatten each other
+    for (series, group), (color, marker) in zip(groups.items(), STYLES[1:], strict=False):
+        finished = {point.x: list(losses[point.name].values()) for point in group if point.name in losses}
+        if not finished:
+            continue
+        means = np.array([statistics.mean(values) for values in finished.values()])
+        deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in finished.values()]
+        ground = means.min() if lifts else 0.0
+        head = f"{series}: " if series else ""
+        label = f"{head}mean ± std over seeds" + (f", lowest {ground:.4f}" if lifts else "")
+        axes.errorbar(list(finished), means - ground, deviations, fmt=marker, color=color, capsize=3, label=label)
+        for x, values in finished.items():
+            axes.plot([x] * len(values), np.array(values) - ground, ".", color=color, alpha=0.3, markersize=4)
+        x_P, (_, loss_PS) = np.array([point.x for point in group]), complete(group, rows)
+        curve = None if study.shape == "differences" else fits.fit(study.shape, x_P, loss_PS)
+        if curve is not None:
+            x = (np.geomspace if study.shape == "log_line" else np.linspace)(x_P.min(), x_P.max(), 200)
+            axes.plot(x, curve.at(x) - ground, "--", color=color, label=f"{head}fit, seeds paired")
     axes.set_title("this study", fontsize=10)
-    axes.set_ylabel(LABEL)
+    axes.set_ylabel(LOWEST if lifts else LABEL)
 
 
-def _draw_papers(axes: Axes, study: Study) -> None:
-    paper = json.loads((Path(__file__).parent / "data" / study.paper).read_text())
-    for (name, curve), (color, marker) in zip(paper["curves"].items(), STYLES[2:], strict=False):
+def _draw_papers(axes: Axes, study: Study, paper: Mapping[str, Any]) -> None:
+    for (name, curve), (color, marker) in zip(paper["curves"].items(), STYLES[1:], strict=False):
         x, loss = np.array(curve).T
-        if study.shape == "valley":  # budgets lie far apart, and would flatten each other
+        if study.shape == "valley":
             name, loss = f"{name}: lowest {loss.min():.4f} at {x[loss.argmin()]:g}", loss - loss.min()
         axes.plot(x, loss, marker, color=color, linestyle=":", label=name)
-    axes.set_ylabel("loss above the curve's lowest point" if study.shape == "valley" else LABEL)
-    axes.set_title(paper["source"].split(";")[0], fontsize=9)
+    axes.set_ylabel(LOWEST if study.shape == "valley" else LABEL)
+
+
+def _list_ours(axes: Axes, study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> None:
+    """A line for every point, in the study's order: each seed's difference, their mean, and its interval."""
+    compared, color = differences.compare(study, points, rows), STYLES[1][0]
+    for y, each in enumerate(compared):
+        low, high = fits.interval(each.by_S)
+        mean = each.mean
+        if len(each.by_S) > 1:
+            axes.plot([low, high], [y, y], "-", color=color, linewidth=1.5)
+        axes.plot(each.by_S, [y] * len(each.by_S), "|", color=STYLES[0][0], alpha=0.6)
+        axes.plot([mean], [y], STYLES[1][1], color=color)
+    _finish_list(axes, [each.name for each in compared], study.baseline_of(points).name)
+    if compared:
+        # The interval of two seeds is six times as wide as that of five, and would hide all the others.
+        seen = np.concatenate([each.by_S for each in compared] + [np.zeros(1)])
+        margin = 0.5 * float(np.ptp(seen)) or 0.01
+        axes.set_xlim(seen.min() - margin, seen.max() + margin)
+    axes.set_title(f"this study: mean, {fits.LEVEL} % interval, seeds", fontsize=10)
+
+
+def _list_papers(axes: Axes, baseline: str, by: Mapping[str, float]) -> None:
+    axes.plot(list(by.values()), range(len(by)), STYLES[2][1], color=STYLES[2][0])
+    _finish_list(axes, list(by), baseline)
+
+
+def _finish_list(axes: Axes, names: Sequence[str], baseline: str) -> None:
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    axes.set_xlabel(f"loss less that of {baseline} (nats per token; left is better)")

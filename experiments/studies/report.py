@@ -1,4 +1,4 @@
-"""A study's report: results.jsonl (raw numbers), report.md (budget, losses, verdict) and study.png."""
+"""A study's report: results.jsonl (raw numbers), report.md (verdict, losses, budget) and study.png."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from typing import Any
 import numpy as np
 
 from engram_jax.counts import num_rows
-from engram_jax.training.errors import RunError
-from experiments.studies import fits
-from experiments.studies.declared import ACTIVE, FLOPS, TOKENS, TOTAL, Point, Study, quantities
-from experiments.studies.execute import check_finished, is_finished, run_dir
-
-LOSS, BITS = "validation_loss", "bits_per_byte"
+from experiments.studies import differences, fits
+from experiments.studies.declared import ACTIVE, FLOPS, TOKENS, TOTAL, Point, Study, by_series, quantities
+from experiments.studies.results import BITS, complete, losses_by_seed, results
 
 
 def write_report(study: Study, points: Sequence[Point], seeds: int, study_dir: Path) -> str:
@@ -43,48 +40,19 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def results(points: Sequence[Point], seeds: int, study_dir: Path) -> list[dict[str, Any]]:
-    """One line per finished run: its losses as result.json has them, and what it cost."""
-    rows = []
-    for point in points:
-        for seed in range(seeds):
-            folder = run_dir(study_dir, point, seed)
-            if not is_finished(folder):
-                continue
-            check_finished(folder, point.seeded(seed))
-            result = json.loads((folder / "result.json").read_text())
-            costs = {name.replace(" ", "_"): number for name, number in quantities(point.config).items()}
-            rows.append(
-                {"point": point.name, "x": point.x, "seed": seed, LOSS: result["loss"], BITS: result[BITS], **costs}
-                | {"buckets": result.get("buckets", {}), "corpus_sha256": result["corpus_sha256"]}
-            )
-    if not rows:
-        raise RunError(f"{study_dir} has no finished run yet: train them with the same command, without --report_only.")
-    corpora = {row["corpus_sha256"]: f"{row['point']}-seed{row['seed']}" for row in rows}
-    if len(corpora) > 1:
-        raise RunError(
-            f"Runs of {study_dir} saw different corpora ({', '.join(corpora.values())} for instance): the text changed "
-            "under the study. Restore it and delete the runs that saw the other, or start anew in another --out."
-        )
-    return rows
-
-
 def report(study: Study, points: Sequence[Point], seeds: int, rows: Sequence[dict[str, Any]]) -> str:
     """report.md."""
     lines = [f"# {study.name}", "", study.question, "", "## Verdict", ""]
     lines += [f"- {sentence}" for sentence in verdict(study, points, seeds, rows)]
+    if study.shape == "differences":
+        compared = differences.compare(study, points, rows)
+        lines += ["", "## Differences", ""]
+        lines += differences.differences_table(compared, differences.papers_differences(study))
     lines += ["", "## Losses", "", *losses_table(study, points, rows)]
-    lines += ["", "## Budget", "", *budget_table(study, points)]
+    lines += ["", "## Budget", "", *budget_table(study, points), *budget_notes(study, points)]
     if study.caveats:
         lines += ["", "## What this cannot tell", "", *(f"- {caveat}" for caveat in study.caveats)]
     return "\n".join(lines) + "\n"
-
-
-def complete(points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> tuple[list[int], np.ndarray]:
-    """The seeds for which every point is finished, and their losses [P, S]."""
-    losses = {(row["point"], row["seed"]): row[LOSS] for row in rows}
-    seeds = sorted({seed for _, seed in losses if all((p.name, seed) in losses for p in points)})
-    return seeds, np.array([[losses[p.name, seed] for seed in seeds] for p in points], float)
 
 
 def verdict(study: Study, points: Sequence[Point], seeds: int, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -92,40 +60,69 @@ def verdict(study: Study, points: Sequence[Point], seeds: int, rows: Sequence[di
     sentences, missing = [], len(points) * seeds - len(rows)
     if missing:
         sentences.append(f"NOT finished: {missing} of {len(points) * seeds} runs are missing.")
-    which, loss_PS = complete(points, rows)
-    if not which:
-        return [*sentences, "No seed has all its points yet, so nothing is compared."]
-    x_P = np.array([point.x for point in points])
-    curve = None if study.shape == "differences" else fits.fit(study.shape, x_P, loss_PS)
     if study.shape == "differences":
-        pass
-    elif curve is None:
-        need = "two seeds" if len(which) < 2 else "more points"
-        sentences.append(f"No curve is fitted: that takes {need}; with less, its spread is unknown.")
-    else:
-        sentences.append(fits.sentence(curve, x_P, study.x_label))
-    names = [point.name for point in points]
-    best = int(loss_PS.mean(axis=1).argmin())
-    baseline = names.index(study.baseline) if study.baseline in names else 0
-    if best == baseline:
-        sentences.append(f"No point is better than {names[baseline]}, the baseline.")
-    else:
-        sentences.append(
-            fits.difference(loss_PS[best], loss_PS[baseline], names[best], names[baseline])
-            + f" It is the best of {len(names)} points by the same losses, which flatters it."
-        )
+        compared, paper = differences.compare(study, points, rows), differences.papers_differences(study)
+        return [*sentences, *differences.verdict(compared, study.baseline_of(points).name, paper)]
+    groups = by_series(points)
+    for series, group in groups.items():
+        head = f"{series}: " if series else ""
+        sentences += [head + sentence for sentence in _on_series(study, group, rows)]
+    if study.shape == "log_line" and len(groups) == 2:
+        sentences += _between_lines(groups, rows)
     return sentences
 
 
+def _on_series(study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> list[str]:
+    assert study.shape != "differences"
+    which, loss_PS = complete(points, rows)
+    if not which:
+        return ["No seed has all its points yet, so nothing is compared."]
+    x_P = np.array([point.x for point in points])
+    curve = fits.fit(study.shape, x_P, loss_PS)
+    if curve is None:
+        need = "two seeds" if len(which) < 2 else "more points"
+        sentences = [f"No curve is fitted: that takes {need}; with less, its spread is unknown."]
+    else:
+        sentences = [fits.sentence(curve, x_P, study.x_label)]
+    names = [point.name for point in points]
+    best = int(loss_PS.mean(axis=1).argmin())
+    baseline = points.index(study.baseline_of(points))
+    if best == baseline:
+        return [*sentences, f"No point is better than {names[baseline]}, the baseline."]
+    against = fits.difference(loss_PS[best], loss_PS[baseline], names[best], names[baseline])
+    flattered = f" It is the best of {len(names)} points by the same losses, which flatters it."
+    return [*sentences, against + flattered]
+
+
+def _between_lines(groups: dict[str, list[Point]], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How far apart two series' lines lie, seed by seed."""
+    (ours, theirs), (a, b) = groups, groups.values()
+    which, loss_PS = complete([*a, *b], rows)
+    if not which or min(len(a), len(b)) < 2:
+        return []
+    x_P, x_Q = (np.array([point.x for point in group]) for group in (a, b))
+    theirs_QS = loss_PS[len(a) :]
+    middle, by_S = fits.offset(x_P, loss_PS[: len(a)], x_Q, theirs_QS)
+    sentence = fits.difference(by_S, np.zeros(len(by_S)), f"{ours}'s line at x = {middle:,.0f}", f"{theirs}'s")
+    low, high = fits.interval(by_S)
+    slope = np.polyfit(np.log10(x_Q), theirs_QS.mean(axis=1), 1)[0]
+    if slope < 0 and (high < 0 or low > 0):
+        sentence += f" {theirs} has the same loss at {10 ** (by_S.mean() / slope):.2f} times the x."
+    return [sentence]
+
+
 def losses_table(study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> list[str]:
-    baseline = {row["seed"]: row[LOSS] for row in rows if row["point"] == (study.baseline or points[0].name)}
-    lines = [f"| point | {study.x_label} | seeds | validation loss | against the baseline | bits per byte |"]
-    lines.append("|---|---|---|---|---|---|")
-    for point in points:
-        ours = [row for row in rows if row["point"] == point.name]
-        by = [row[LOSS] - baseline[row["seed"]] for row in ours if row["seed"] in baseline]
-        cells = [point.name, f"{point.x:,.10g}", str(len(ours)), *map(_spread, ([r[LOSS] for r in ours], by))]
-        lines.append("| " + " | ".join([*cells, _spread([r[BITS] for r in ours])]) + " |")
+    losses, has_x = losses_by_seed(rows), study.shape != "differences"
+    header = ["point", *([study.x_label] if has_x else []), "seeds", "validation loss", "against the baseline"]
+    lines = ["| " + " | ".join([*header, "bits per byte"]) + " |", "|---" * (len(header) + 1) + "|"]
+    for group in by_series(points).values():
+        baseline = losses.get(study.baseline_of(group).name, {})
+        for point in group:
+            ours = losses.get(point.name, {})
+            by = [loss - baseline[seed] for seed, loss in ours.items() if seed in baseline]
+            bits = [row[BITS] for row in rows if row["point"] == point.name]
+            cells = [point.name, *([f"{point.x:,.10g}"] if has_x else []), str(len(ours))]
+            lines.append("| " + " | ".join([*cells, *map(_spread, (list(ours.values()), by, bits))]) + " |")
     return [*lines, "", "Mean ± standard deviation over seeds; differences are paired by seed."]
 
 
@@ -137,12 +134,31 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def budget_table(study: Study, points: Sequence[Point]) -> list[str]:
-    """The costs, which `Study.at` has proved equal but for what the study varies."""
-    header = [study.x_label, "experts", "memory rows", TOTAL, ACTIVE, FLOPS, TOKENS]
-    lines = ["| point | " + " | ".join(header) + " |", "|---" * (len(header) + 1) + "|"]
+    """The costs, which `Study.at` has proved equal but for what the study or a point varies."""
+    has_x = study.shape != "differences"
+    header = ["point", *([study.x_label] if has_x else []), "experts", "memory rows", TOTAL, ACTIVE, FLOPS, TOKENS]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for point in points:
-        costs = quantities(point.config)
-        model = point.config.model
-        counts = [model.moe.n_routed_experts, sum(num_rows(model).values()), *(costs[n] for n in header[3:])]
-        lines.append(f"| {point.name} | {point.x:,.10g} | " + " | ".join(f"{count:,.0f}" for count in counts) + " |")
+        costs, model = quantities(point.config), point.config.model
+        x = [f"{point.x:,.10g}"] if has_x else []
+        counts = [model.moe.n_routed_experts, sum(num_rows(model).values()), *costs.values()]
+        lines.append("| " + " | ".join([point.name, *x, *(f"{count:,.0f}" for count in counts)]) + " |")
     return lines
+
+
+def budget_notes(study: Study, points: Sequence[Point]) -> list[str]:
+    """By how much the points that may differ from the others do."""
+    lines = []
+    for group in by_series(points).values():
+        baseline = study.baseline_of(group)
+        theirs = quantities(baseline.config)
+        for point in group:
+            ours = quantities(point.config)
+            by = [_apart(name, ours[name] / theirs[name] - 1) for name in point.varies if ours[name] != theirs[name]]
+            if by:
+                lines.append(f"- {point.name} has {', '.join(by)} than {baseline.name}.")
+    return ["", *lines] if lines else []
+
+
+def _apart(name: str, by: float) -> str:
+    return f"{abs(by):.2%} {'fewer' if by < 0 else 'more'} {name}"

@@ -16,15 +16,15 @@ from experiments import study as command
 from experiments.runs import engram_tiny, moe_tiny
 from experiments.studies import STUDIES, fits
 from experiments.studies.allocation import ALLOCATION
-from experiments.studies.declared import TOTAL, Point, prove
+from experiments.studies.declared import TOTAL, Point, by_series, prove
 from experiments.studies.execute import agree_on_plan, execute, run_dir
 from experiments.studies.report import write_report
 
 
 @pytest.fixture(scope="module")
 def points():
-    """The allocation study's, at its tiny scale."""
-    return ALLOCATION.at(ALLOCATION.scales["tiny"]())
+    """The allocation study's at its tiny scale, of the smaller budget."""
+    return by_series(ALLOCATION.at(ALLOCATION.scales["tiny"]()))["C"]
 
 
 def finish(config, folder, loss=None, corpus="abc"):
@@ -53,12 +53,14 @@ def valley(points, study_dir, seeds, lowest, noise=0.002):
 def test_points_cost_the_same(name):
     study = STUDIES[name]
     made = study.at(study.scales["tiny"]())
-    sizes = [parameters(point.config.model) for point in made]
-    flops = [flops_per_token(point.config.model, point.config.data.seq_len) for point in made]
-    tokens = {p.config.train.steps * p.config.data.seq_len * p.config.data.batch_size for p in made}
-    counted = [[size.active for size in sizes], flops] + ([] if TOTAL in study.varies else [[s.total for s in sizes]])
-    assert all(max(numbers) <= 1.01 * min(numbers) for numbers in counted)
-    assert len(tokens) == 1 and len({p.config.data for p in made}) == 1 and len({p.name for p in made}) == len(made)
+    assert len({p.config.data for p in made}) == 1 and len({p.name for p in made}) == len(made)
+    for group in by_series(made).values():
+        equal = [point for point in group if not point.varies]
+        sizes = [parameters(point.config.model) for point in equal]
+        flops = [flops_per_token(point.config.model, point.config.data.seq_len) for point in equal]
+        counted = [[s.active for s in sizes], flops] + ([] if TOTAL in study.varies else [[s.total for s in sizes]])
+        assert all(max(numbers) <= 1.01 * min(numbers) for numbers in counted)
+        assert len({p.config.train.steps * p.config.data.seq_len * p.config.data.batch_size for p in group}) == 1
 
 
 def test_allocation_spans_rho(points):
@@ -121,7 +123,7 @@ def test_print_shows_the_plan_and_trains_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "train", None)
     assert command.main(["allocation", "--print", "--seeds", "2", "--out", str(tmp_path), "--train.steps", "7"]) == 0
     output = capsys.readouterr().out
-    assert "rho100" in output and "28,672" in output and "7 points, 2 seeds: 14 runs, 0 of them finished" in output
+    assert "rho100" in output and "28,672" in output and "14 points, 2 seeds: 28 runs, 0 of them finished" in output
     assert not list(tmp_path.iterdir())
 
 
@@ -182,6 +184,11 @@ def test_a_folder_of_another_plan_is_refused(tmp_path, points):
         agree_on_plan(folder, "allocation", points[1:])
     # How often something is logged changes no number.
     agree_on_plan(folder, "allocation", [Point(p.name, p.x, replace(p.config, train__log_every=1)) for p in points])
+    # Points that it lacked are added, and must be agreed with from then on.
+    agree_on_plan(folder, "allocation", [*points, dataclasses.replace(points[0], name="new")])
+    assert json.loads((folder / "plan.json").read_text())["points"][-1]["name"] == "new"
+    with pytest.raises(ConfigError, match=r"points: .* here, .*, new there"):
+        agree_on_plan(folder, "allocation", points)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(ConfigError, match=r"holds files and no plan.json"):

@@ -1,0 +1,59 @@
+"""The raw numbers of a study: one row for every finished run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engram_jax.training.errors import RunError
+from experiments.studies.declared import Point, quantities
+from experiments.studies.execute import check_finished, is_finished, run_dir
+
+LOSS, BITS = "validation_loss", "bits_per_byte"
+
+
+def results(points: Sequence[Point], seeds: int, study_dir: Path) -> list[dict[str, Any]]:
+    """One line per finished run: its losses as result.json has them, and what it cost."""
+    rows = []
+    for point in points:
+        for seed in range(seeds):
+            folder = run_dir(study_dir, point, seed)
+            if not is_finished(folder):
+                continue
+            check_finished(folder, point.seeded(seed))
+            result = json.loads((folder / "result.json").read_text())
+            costs = {name.replace(" ", "_"): number for name, number in quantities(point.config).items()}
+            rows.append(
+                {"point": point.name, "x": point.x, "series": point.series, "seed": seed}
+                | {LOSS: result["loss"], BITS: result[BITS], **costs}
+                | {"buckets": result.get("buckets", {}), "corpus_sha256": result["corpus_sha256"]}
+            )
+    if not rows:
+        raise RunError(f"{study_dir} has no finished run yet: train them with the same command, without --report_only.")
+    corpora = {row["corpus_sha256"]: f"{row['point']}-seed{row['seed']}" for row in rows}
+    if len(corpora) > 1:
+        raise RunError(
+            f"Runs of {study_dir} saw different corpora ({', '.join(corpora.values())} for instance): the text changed "
+            "under the study. Restore it and delete the runs that saw the other, or start anew in another --out."
+        )
+    return rows
+
+
+def losses_by_seed(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """For every point with a finished run, its losses by seed."""
+    losses: dict[str, dict[int, float]] = {}
+    for row in rows:
+        losses.setdefault(row["point"], {})[row["seed"]] = row[LOSS]
+    return losses
+
+
+def complete(points: Sequence[Point], rows: Sequence[Mapping[str, Any]]) -> tuple[list[int], np.ndarray]:
+    """The seeds for which every one of the points is finished, and their losses [P, S]."""
+    losses = losses_by_seed(rows)
+    whole = set.intersection(*(set(losses.get(point.name, {})) for point in points)) if points else set()
+    seeds = sorted(whole)
+    return seeds, np.array([[losses[point.name][seed] for seed in seeds] for point in points], float)

@@ -1,0 +1,224 @@
+"""Studies whose points have no order, and studies of several curves: comparisons, verdicts, pictures."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from engram_jax.config import ConfigError, replace, to_dict
+from engram_jax.counts import flops_per_token, parameters
+from experiments import study as command
+from experiments.runs import engram_tiny
+from experiments.studies import STUDIES, differences, fits
+from experiments.studies.allocation import ALLOCATION
+from experiments.studies.declared import ACTIVE, FLOPS, TOTAL, Point, by_series, prove
+from experiments.studies.execute import run_dir
+from experiments.studies.layers import LAYERS
+from experiments.studies.report import write_report
+
+
+@pytest.fixture(scope="module")
+def layers():
+    return LAYERS.at(LAYERS.scales["tiny"]())
+
+
+def write(point, seed, study_dir, loss):
+    """A finished run, without training."""
+    folder = run_dir(study_dir, point, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(point.seeded(seed))))
+    result = {"loss": float(loss), "bits_per_byte": 1.5, "corpus_sha256": "abc", "buckets": {}}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+# --- comparisons ---
+
+
+def test_holm_is_the_step_down_correction():
+    # Sorted 0.001, 0.013, 0.02, 0.03 times 4, 3, 2, 1, and none below one before it.
+    corrected = differences.holm({"a": 0.02, "b": 0.001, "c": 0.03, "d": 0.013, "e": np.nan})
+    assert [corrected[name] for name in "bdac"] == pytest.approx([0.004, 0.039, 0.04, 0.04])
+    assert np.isnan(corrected["e"])
+    assert differences.holm({"a": 0.9, "b": 0.8}) == {"a": 1.0, "b": 1.0}
+
+
+def test_probabilities_are_students():
+    rng = np.random.default_rng(11)
+    loss_PS = rng.normal(4, 0.02, (6, 4)) + rng.normal(0, 0.5, 4)
+    by_S = loss_PS[2] - loss_PS[0]
+    assert differences.own_p(by_S) == pytest.approx(stats.ttest_rel(loss_PS[2], loss_PS[0]).pvalue)
+    # The pooled test is that of a linear model of loss on points and seeds, here by normal equations.
+    P, S = loss_PS.shape
+    design = np.zeros((P * S, P + S - 1))
+    for p in range(P):
+        for s in range(S):
+            design[p * S + s, p] = 1
+            if s:
+                design[p * S + s, P + s - 1] = 1
+    y, contrast = loss_PS.reshape(-1), np.zeros(P + S - 1)
+    contrast[[2, 0]] = 1, -1
+    beta, left = np.linalg.lstsq(design, y)[:2]
+    freedom = P * S - (P + S - 1)
+    error = np.sqrt(contrast @ np.linalg.inv(design.T @ design) @ contrast * left[0] / freedom)
+    expected = 2 * stats.t.sf(abs(contrast @ beta) / error, freedom)
+    assert differences.pooled_p(loss_PS, by_S) == pytest.approx(expected, rel=1e-6)
+    assert np.isnan(differences.own_p(by_S[:1])) and np.isnan(differences.pooled_p(loss_PS[:, :1], by_S[:1]))
+
+
+def test_a_study_of_noise_finds_something_once_in_twenty(layers):
+    """Not once in every study, as it would without the correction."""
+    rng, found = np.random.default_rng(2), 0
+    for _ in range(200):
+        shift = rng.normal(0, 0.1, 3)
+        rows = [
+            {"point": point.name, "seed": seed, "validation_loss": 4 + shift[seed] + rng.normal(0, 0.01)}
+            for point in layers
+            for seed in range(3)
+        ]
+        compared = differences.compare(LAYERS, layers, rows)
+        found += any(each.p_pooled < 0.05 for each in compared)
+    assert 1 <= found <= 20
+
+
+# --- the report ---
+
+
+def test_differences_are_judged_and_shown_beside_the_papers(tmp_path, layers):
+    """layer0 is worse by much, layer3 by what only all scatter together shows, the others by nothing."""
+    rng, by = np.random.default_rng(4), {"layer0": 0.5, "layer3": 0.05, "moe": 0.0}
+    losses = {}
+    for point in layers:
+        for seed in range(3):
+            losses[point.name, seed] = 4 + by.get(point.name, 0) + 0.3 * seed + rng.normal(0, 0.006)
+            write(point, seed, tmp_path, losses[point.name, seed])
+    text = write_report(LAYERS, layers, 3, tmp_path)
+    verdict = text.split("## Differences")[0]
+    layer0 = [losses["layer0", seed] - losses["two", seed] for seed in range(3)]
+    assert f"layer0 against two: {np.mean(layer0):+.4f} nats per token" in verdict
+    assert re.search(
+        r"layer0 against two.*more than the spread among 5 comparisons \(p = .*The paper: \+0.0052", verdict
+    )
+    assert re.search(r"layer3 against two.*if all points scatter alike", verdict)
+    for nothing in ("layer1", "layer2", "moe"):
+        assert re.search(rf"{nothing} against two.*nothing found beyond the spread", verdict)
+    assert "layer0 worse. And if all points scatter alike: layer3 worse." in verdict
+    low, high = fits.interval(np.array(layer0))
+    assert f"| layer0 | 3 | {np.mean(layer0):+.4f} | {low:+.4f} to {high:+.4f} |" in text
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_that_only_some_points_have_are_used(tmp_path, layers):
+    for point in layers[:3]:
+        write(point, 0, tmp_path, 4.0)
+    write(layers[1], 1, tmp_path, 4.1)  # of no use: the baseline lacks it
+    text = write_report(LAYERS, layers, 2, tmp_path)
+    assert "NOT finished: 8 of 12" in text and "layer0 against two: +0.0000" in text
+    assert "with one seed its spread is unknown" in text and "layer3 against" not in text
+    only = tmp_path / "only"
+    write(layers[1], 0, only, 4.0)
+    assert "Nothing is compared: no seed has both two and" in write_report(LAYERS, layers, 1, only)
+
+
+# --- what the studies declare ---
+
+
+def test_one_module_weighs_what_two_do(layers):
+    models = {point.name: point.config.model for point in layers}
+    assert set(models) == {"two", "layer0", "layer1", "layer2", "layer3", "moe"}
+    two = parameters(models["two"])
+    for block in range(4):
+        one = parameters(models[f"layer{block}"])
+        assert models[f"layer{block}"].engram.engram_layer_ids == (block,)
+        assert one.groups["engram_projections"] == two.groups["engram_projections"]
+        assert one.memory == pytest.approx(two.memory, rel=1e-2)  # fewer heads need fewer distinct primes
+    assert models["two"] == engram_tiny().model
+
+
+def test_only_what_a_point_declares_may_differ():
+    run = engram_tiny()
+    points = [Point("a", 0, run), Point("b", 1, replace(run, model__engram__engram_kernel_size=0))]
+    prove(points)
+    long = replace(run, model__engram__engram_kernel_size=60)
+    with pytest.raises(ConfigError, match=r"c has .* parameters and b has"):
+        prove([*points, Point("c", 2, long)])
+    more = replace(run, model__moe__n_routed_experts=24)
+    with pytest.raises(ConfigError, match=r"c has .* total parameters and"):
+        prove([*points, Point("c", 2, more, varies=(ACTIVE, FLOPS))])
+    prove([*points, Point("c", 2, more, varies=(TOTAL,))])
+
+
+def test_allocation_has_two_budgets_three_times_apart():
+    groups = by_series(ALLOCATION.at(ALLOCATION.scales["tiny"]()))
+    assert list(groups) == ["C", "3C"]
+
+    def compute(point):
+        run = point.config
+        tokens = run.train.steps * run.data.batch_size * run.data.seq_len
+        return flops_per_token(run.model, run.data.seq_len) * tokens
+
+    small, large = (group[-1] for group in groups.values())
+    assert (small.name, large.name) == ("rho100", "3C-rho100")
+    assert compute(large) / compute(small) == pytest.approx(3, rel=0.1)
+    assert [point.x for point in groups["3C"]] == pytest.approx([point.x for point in groups["C"]], abs=4)
+
+
+def test_each_budget_has_its_curve(tmp_path):
+    points = ALLOCATION.at(ALLOCATION.scales["tiny"]())
+    rng, lowest, height = np.random.default_rng(6), {"C": 65, "3C": 80}, {"C": 4.5, "3C": 4.0}
+    for point in points:
+        for seed in range(3):
+            loss = height[point.series] + 4e-5 * (point.x - lowest[point.series]) ** 2 + rng.normal(0, 0.002)
+            write(point, seed, tmp_path, loss)
+    text = write_report(ALLOCATION, points, 3, tmp_path)
+    for series, where in lowest.items():
+        found = re.search(rf"^- {series}: The fitted parabola is lowest at ([\d.]+)", text, re.MULTILINE)
+        assert found and float(found.group(1)) == pytest.approx(where, abs=3)
+    assert re.search(r"- 3C: 3C-rho\d+ against 3C-rho100: -0\.0", text)
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+    # With one budget's runs alone, that one is reported.
+    part = write_report(ALLOCATION, [point for point in points if point.series == "C"], 3, tmp_path)
+    assert "- C: The fitted parabola" in part and "3C" not in part.split("## Verdict")[1]
+
+
+def test_the_offset_of_two_lines_is_read_where_both_are():
+    rng, x, z = np.random.default_rng(9), 10.0 ** np.linspace(4, 6, 7), 10.0 ** np.linspace(5, 7, 4)
+    shift = rng.normal(0, 0.3, 3)
+    ours = 4 - 0.05 * np.log10(x)[:, None] + shift
+    theirs = 4.06 - 0.08 * np.log10(z)[:, None] + shift
+    middle, by_S = fits.offset(x, ours, z, theirs)
+    assert middle == pytest.approx(10**5.5) and by_S == pytest.approx(np.full(3, -0.06 + 0.03 * 5.5))
+
+
+# --- some points of a study ---
+
+
+def test_some_points_are_trained_and_all_are_planned(capsys, tmp_path, monkeypatch, layers):
+    trained = []
+
+    def train(config, folder):
+        trained.append(folder.name)
+        point = next(point for point in layers if folder.name.startswith(point.name))
+        write(point, config.train.seed, tmp_path / "layers" / "tiny", 4.0)
+        return 0
+
+    monkeypatch.setattr(command, "train", train)
+    some = ["layers", "--out", str(tmp_path), "--seeds", "1", "--points"]
+    assert command.main([*some, "layer1", "two"]) == 0
+    assert trained == ["two-seed0", "layer1-seed0"]
+    assert command.main([*some, "two", "moe"]) == 0
+    assert trained[2:] == ["moe-seed0"]
+    assert len(json.loads((tmp_path / "layers/tiny/plan.json").read_text())["points"]) == 6
+    capsys.readouterr()
+    for arguments, message in {("layer1",): "add two, which", ("two", "layer9"): "--points layer9: layers has"}.items():
+        assert command.main([*some, *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+
+def test_all_studies_with_a_list_have_a_baseline_among_their_points():
+    for study in STUDIES.values():
+        if study.shape == "differences" and not study.analyse:
+            points = study.at(study.scales["tiny"]())
+            assert study.baseline in {point.name for point in points}
