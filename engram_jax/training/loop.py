@@ -13,6 +13,7 @@ import numpy as np
 
 from engram_jax.config import RunConfig, replace
 from engram_jax.data.loader import TextData, eval_batches, load_data, train_batches
+from engram_jax.data.repeats import repeats_line
 from engram_jax.evaluation.frequency import NgramCounts
 from engram_jax.evaluation.perplexity import Evaluation, evaluate
 from engram_jax.training import init_from, run_folder
@@ -69,6 +70,8 @@ def _train(config: RunConfig, run_dir: Path, log: Log, profile: Profile | None, 
     source = init_from.find_source(config) if begins else None
     tokenizer = init_from.data_tokenizer(config, run_dir)
     text = load_data(replace(config.data, tokenizer=tokenizer), config.model.vocab_size, log)
+    if repeats := repeats_line(text.train, config.data, config.train.steps):
+        log(repeats)
     parts = assemble(config, text.tokenizer.backend)
     config = parts.config
     run_folder.check(run_dir, config)

@@ -210,6 +210,19 @@ def test_a_mistake_is_said_before_anything_is_compiled(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("steps", "said"), [(1, None), (300, "Epochs: "), (2000, "warning: 512,000 tokens are asked")])
+def test_text_seen_more_than_once_is_told_before_anything_is_compiled(config, tmp_path, monkeypatch, steps, said):
+    def assemble(*_):
+        raise RunError("far enough")
+
+    monkeypatch.setattr("engram_jax.training.loop.assemble", assemble)
+    lines: list[str] = []
+    with pytest.raises(RunError, match="far enough"):
+        train(replace(config, train__steps=steps), tmp_path / "run", lines.append)
+    told = [line for line in lines if "the run sees" in line]
+    assert len(told) == (said is not None) and all(line.startswith(str(said)) for line in told)
+
+
 def test_the_tokenizers_size_must_be_the_models(config, straight):
     pinned = replace(config, data__tokenizer=str(straight.folder / "tokenizer.json"), model__vocab_size=299)
     with pytest.raises(ConfigError, match=r"model.vocab_size=299, but .* has 300 tokens: set model.vocab_size=300"):
