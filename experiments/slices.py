@@ -17,29 +17,44 @@ PER_STREAM_BYTE = 2.9
 a time compiled for v5p-64: 36 GB of temporaries for 12.6 GB)."""
 
 
+MIN_PIECE = 1024
+"""Positions to which a sequence is cut at most: attention's blocks are hundreds of them, and keys travel for each."""
+
+
 def laid_out(run: RunConfig, where: Topology) -> RunConfig:
     """The run as one would start it there: weights cut over the slice, as many sequences at a time as have room.
 
-    Experts are distributed over as many devices as divide both, where their tokens are fewer bytes than their weights;
-    the rest of the cut is fsdp's. On a 3D torus the weights are cut over half of the slice: over all of it libtpu
-    gathers by all-reduce, at twice the bytes.
+    A sequence lies on one device, or on as few as have room for it and leave the batch divisible. Experts are
+    distributed over as many devices as divide both, where their tokens are fewer bytes than their weights; the rest of
+    the cut is fsdp's. On a 3D torus the weights are cut over half of the slice: over all of it libtpu gathers by
+    all-reduce, at twice the bytes.
     """
-    devices = where.devices // where.slices // (2 if where.chip.torus == 3 and where.chips > 8 else 1)
-    sequences = max(1, run.data.batch_size // where.devices)
-    at_once = max(n for n in range(1, sequences + 1) if sequences % n == 0 and (n == 1 or n <= _room(run, where)))
+    context = _context(run, where)
+    devices = where.devices // where.slices // (2 if where.chip.torus == 3 and where.chips > 8 else 1) // context
+    sequences, room = max(1, run.data.batch_size * context // where.devices), context * _room(run, where)
+    at_once = max(n for n in range(1, sequences + 1) if sequences % n == 0 and (n == 1 or n <= room))
     moe = run.model.moe
     weights = 3 * moe.n_routed_experts * moe.moe_intermediate_size  # both of these times hidden_size
-    tokens = 2 * moe.capacity_factor * moe.num_experts_per_tok * at_once * run.data.seq_len
+    tokens = 2 * moe.capacity_factor * moe.num_experts_per_tok * at_once * run.data.seq_len // context
     experts = math.gcd(moe.n_routed_experts, devices) if weights > tokens else 1
     return replace(
         run,
         train__mesh_data=-1,
-        train__mesh_fsdp=math.gcd(run.model.hidden_size, devices // experts),
+        train__mesh_fsdp=math.gcd(run.model.hidden_size // context, devices // experts),
         train__mesh_expert=experts,
-        train__mesh_context=1,
+        train__mesh_context=context,
         train__mesh_tensor=1,
         train__grad_accum=sequences // at_once,
     )
+
+
+def _context(run: RunConfig, where: Topology) -> int:
+    """Devices over which a sequence is cut; 1 where no cut gives what is asked of it."""
+    room, batch, length, devices = _room(run, where), run.data.batch_size, run.data.seq_len, where.devices
+    halvings = range(int(math.log2(devices)) + 1)
+    cuts = [n for n in (2**k for k in halvings) if devices % n == 0 and length % n == 0 and length // n >= MIN_PIECE]
+    divisible = [n for n in cuts if batch % (devices // n) == 0 and run.model.hidden_size % n == 0]
+    return next((n for n in divisible if n * room >= 1), max(divisible, default=1))
 
 
 def _room(run: RunConfig, where: Topology) -> float:

@@ -107,7 +107,7 @@ def _child(ordered: dict[str, Any]) -> dict[str, Any]:
                 except TooLarge as error:
                     reports[program] = too_large_report(error, given.named(), parts, where)
                     continue
-                reports[program] = program_report(program, done, parts, where)
+                reports[program] = program_report(program, done, given, parts, where)
                 if ordered["keep_hlo"]:
                     file = Path(ordered["keep_hlo"]) / f"{config.name}-{where.name}.{program}.hlo"
                     file.parent.mkdir(parents=True, exist_ok=True)

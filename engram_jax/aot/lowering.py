@@ -6,6 +6,7 @@ Needs libtpu; call it in a process of its own (child.py).
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import time
@@ -25,6 +26,7 @@ from engram_jax.inference.cache import Cache, new_cache
 from engram_jax.inference.engine import check_decodes, next_logits
 from engram_jax.inference.served import Served, served
 from engram_jax.memory.plan import capacity
+from engram_jax.memory.routing import safe_capacity
 from engram_jax.memory.store import Held, MemoryPlan
 from engram_jax.sharding import BATCH, spec
 from engram_jax.training.assembly import Parts, assemble
@@ -129,6 +131,21 @@ def _on_chips(parts: Parts, tree: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(parts.mesh, dims))
 
     return jax.tree.map(described, tree)
+
+
+def exchanged_bytes(parts: Parts, given: Arguments | DecodeArguments) -> int:
+    """Bytes of the blocks in which rows, or their gradients in float32, cross the mesh: all layers' on one device.
+
+    Blocks have a place for whatever a device may ask for, so this is the most that a batch's rows rightly need.
+    """
+    store = parts.store
+    if isinstance(given, Arguments):
+        pairs = [capacity(plan).pair for plan in given.plan.values()]
+    else:  # the plan is made inside the step, for any batch; each device looks up a position of its own sequences
+        sequences = -(-len(given.token_B) // math.prod(parts.mesh.shape[axis] for axis in BATCH))
+        rows = sequences * store.config.num_rows_per_token
+        pairs = [safe_capacity(layout, rows).pair for layout in store.layouts.values()]
+    return store.shards * sum(pairs) * store.config.engram_head_dim * 4
 
 
 def _rows(parts: Parts, layer: str, plan: MemoryPlan) -> jax.ShapeDtypeStruct:

@@ -67,16 +67,18 @@ def _singles(config: RunConfig, where: Topology) -> Iterator[Remedy]:
         yield Remedy("the batch in smaller parts", {"train__grad_accum": parts[0]})
         if parts[-1] != parts[0]:
             yield Remedy("the batch in the smallest parts", {"train__grad_accum": parts[-1]})
-    elif (
-        train.mesh_tensor == 1
-        and sequences // train.grad_accum == shards
-        and model.attention.num_attention_heads % 2 == 0
-    ):
-        wide = {"train__mesh_tensor": 2, "train__mesh_fsdp": max(1, train.mesh_fsdp // 2), "train__mesh_data": -1}
-        yield Remedy(
-            "every token on two devices, with half the batch at a time",
-            wide | {"train__grad_accum": 2 * train.grad_accum},
-        )
+    elif sequences // train.grad_accum == shards:
+        halved = {"train__mesh_fsdp": max(1, train.mesh_fsdp // 2), "train__mesh_data": -1}
+        halved |= {"train__grad_accum": 2 * train.grad_accum}
+        if config.data.seq_len % (2 * train.mesh_context) == 0:
+            yield Remedy(
+                "every sequence on twice as many devices, half as many at a time",
+                {"train__mesh_context": 2 * train.mesh_context, **halved},
+            )
+        if train.mesh_tensor == 1 and model.attention.num_attention_heads % 2 == 0:
+            yield Remedy(
+                "every token on two devices, with half the batch at a time", {"train__mesh_tensor": 2, **halved}
+            )
     if model.engram.enabled and config.memory.placement == "device":
         yield Remedy("tables in the hosts' memory", {"memory__placement": "host"})
 

@@ -17,7 +17,7 @@ import jax
 from engram_jax.aot import hlo
 from engram_jax.aot.chips import Topology
 from engram_jax.aot.collectives import Collective, Network, collectives
-from engram_jax.aot.lowering import DECODE, Compiled, TooLarge
+from engram_jax.aot.lowering import DECODE, Arguments, Compiled, DecodeArguments, TooLarge, exchanged_bytes
 from engram_jax.aot.memory import argument_groups, hbm, host, largest_buffers
 from engram_jax.aot.work import Work, work
 from engram_jax.counts import flops_per_token
@@ -30,7 +30,9 @@ LARGE = 2**20
 """Bytes below which no collective is worth a warning."""
 
 
-def program_report(program: str, compiled: Compiled, parts: Parts, where: Topology) -> dict[str, Any]:
+def program_report(
+    program: str, compiled: Compiled, given: Arguments | DecodeArguments, parts: Parts, where: Topology
+) -> dict[str, Any]:
     module, each = hlo.parse(compiled.text), where.chip.devices
     done, sent = work(module), collectives(module, Network.of(parts.mesh))
     data, share = parts.config.data, 1.0 if program == "train" else 1 / 3
@@ -47,7 +49,7 @@ def program_report(program: str, compiled: Compiled, parts: Parts, where: Topolo
         "bytes": {"hbm": each * done.hbm_bytes, "host_link": each * done.host_bytes},
         "collectives": [_line(c, each) for c in _merged(sent)],
         "times": times(useful, done, sent, parts.config.train.steps if program == "train" else 0, where),
-        "warnings": warnings(sent, parts, where),
+        "warnings": warnings(sent, parts, where, exchanged_bytes(parts, given)),
         "largest": largest_buffers(module),
         "costliest": [
             {"scope": scope, "cycles_share": round(cycles / done.cycles, 4)}
@@ -107,8 +109,12 @@ def _line(c: Collective, each: int) -> dict[str, Any]:
     }
 
 
-def warnings(sent: list[Collective], parts: Parts, where: Topology) -> list[str]:
-    """Collectives as large as what must never travel whole: a device's part of a table, more than a layer's weights."""
+def warnings(sent: list[Collective], parts: Parts, where: Topology, exchanged: int) -> list[str]:
+    """Collectives as large as what must never travel whole: a device's part of a table, more than a layer's weights.
+
+    `exchanged` bytes are what the exchange of a batch's rows rightly holds: more than a part of a small table, where
+    many tokens read it.
+    """
     found = []
     tables = parts.store.num_bytes // parts.store.shards
     params = parts.abstract_state().params
@@ -117,7 +123,8 @@ def warnings(sent: list[Collective], parts: Parts, where: Topology) -> list[str]
     whole_weights = {size * item for size in sizes for item in (2, 4)}
     for c in sent:
         what = f"{c.kind} of {c.shape}, {c.result_bytes:,} bytes, over {'+'.join(c.axes)} ({c.scope})"
-        if tables and c.result_bytes >= tables / 2 and c.result_bytes not in whole_weights:
+        is_of_rows = c.kind in ("all-to-all", "ragged-all-to-all") and c.result_bytes <= exchanged
+        if tables and c.result_bytes >= tables / 2 and not is_of_rows and c.result_bytes not in whole_weights:
             found.append(f"table-sized: {what}")
         elif c.kind == "all-gather" and c.result_bytes > 4 * max(sizes):
             found.append(f"more than a layer at once: {what}")
