@@ -25,6 +25,8 @@ class Fit:
     coefficients: np.ndarray
     resampled: np.ndarray
     """[RESAMPLES, len(coefficients)]"""
+    p_misfit: float
+    """Chance that points on such a curve miss it as far as these do, by their scatter over seeds (an F test)."""
 
     def at(self, x: np.ndarray) -> np.ndarray:
         return np.polyval(self.coefficients, abscissa(self.shape, x))
@@ -59,7 +61,17 @@ def fit(shape: Literal["valley", "log_line"], x_P: np.ndarray, loss_PS: np.ndarr
     residuals = (y - fitted) * np.sqrt(P * S / (P * S - S - degree))
     # polyfit takes many right-hand sides at once, one a column.
     draws = np.random.default_rng(0).choice(residuals, (P * S, RESAMPLES))
-    return Fit(shape, coefficients, np.polyfit(x, fitted[:, None] + draws, degree).T)
+    resampled = np.polyfit(x, fitted[:, None] + draws, degree).T
+    return Fit(shape, coefficients, resampled, _misfit(centred_PS, fitted.reshape(P, S)[:, 0], P - degree - 1))
+
+
+def _misfit(centred_PS: np.ndarray, fitted_P: np.ndarray, freedom: int) -> float:
+    """The points' distance from the curve against the seeds' from the points."""
+    P, S = centred_PS.shape
+    mean_P = centred_PS.mean(axis=1)
+    of_seeds = np.square(centred_PS - mean_P[:, None]).sum() / ((P - 1) * (S - 1))
+    of_points = S * np.square(mean_P - fitted_P).sum() / freedom
+    return float(stats.f.sf(of_points / of_seeds, freedom, (P - 1) * (S - 1))) if of_seeds else float(of_points == 0)
 
 
 def lowest(coefficients: np.ndarray) -> float:
@@ -70,7 +82,13 @@ def lowest(coefficients: np.ndarray) -> float:
 
 def sentence(curve: Fit, x_P: np.ndarray, x_label: str) -> str:
     """The verdict on the curve, from its numbers alone."""
-    return _on_valley(curve, x_P, x_label) if curve.shape == "valley" else _on_line(curve)
+    said = _on_valley(curve, x_P, x_label) if curve.shape == "valley" else _on_line(curve)
+    if curve.p_misfit >= 1 - LEVEL / 100:
+        return said
+    return (
+        f"{said} But the points do not follow the curve: they miss it by more than the spread over seeds "
+        f"(p = {curve.p_misfit:.2g}), so this says where the curve lies, not where the losses do."
+    )
 
 
 def _on_valley(curve: Fit, x_P: np.ndarray, x_label: str) -> str:

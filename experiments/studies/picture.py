@@ -62,14 +62,18 @@ def _draw_ours(axes: Axes, study: Study, points: Sequence[Point], rows: Sequence
         if not finished:
             continue
         means = np.array([statistics.mean(values) for values in finished.values()])
-        deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in finished.values()]
+        x_P, (seeds, loss_PS) = np.array([point.x for point in group]), complete(group, rows)
+        if len(seeds) > 1:  # what a seed does to all points is no doubt about any of them
+            deviations, spread = (loss_PS - loss_PS.mean(axis=0)).std(axis=1, ddof=1), "seeds, paired"
+        else:
+            deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in finished.values()]
+            spread = "seeds"
         ground = means.min() if lifts else 0.0
         head = f"{series}: " if series else ""
-        label = f"{head}mean ± std over seeds" + (f", lowest {ground:.4f}" if lifts else "")
+        label = f"{head}mean ± std over {spread}" + (f", lowest {ground:.4f}" if lifts else "")
         axes.errorbar(list(finished), means - ground, deviations, fmt=marker, color=color, capsize=3, label=label)
         for x, values in finished.items():
             axes.plot([x] * len(values), np.array(values) - ground, ".", color=color, alpha=0.3, markersize=4)
-        x_P, (_, loss_PS) = np.array([point.x for point in group]), complete(group, rows)
         curve = None if study.shape == "differences" else fits.fit(study.shape, x_P, loss_PS)
         if curve is not None:
             x = (np.geomspace if study.shape == "log_line" else np.linspace)(x_P.min(), x_P.max(), 200)

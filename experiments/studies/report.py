@@ -156,7 +156,7 @@ def budget_notes(study: Study, points: Sequence[Point]) -> list[str]:
             ours = quantities(point.config)
             by = [_apart(name, ours[name] / theirs[name] - 1) for name in point.varies if ours[name] != theirs[name]]
             if by:
-                lines.append(f"- {point.name} has {', '.join(by)} than {baseline.name}.")
+                lines.append(f"- {point.name} has {' and '.join(by)} than {baseline.name}.")
     return ["", *lines] if lines else []
 
 
