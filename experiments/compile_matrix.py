@@ -70,10 +70,22 @@ def _is_wanted(model: str, where: str, wanted: Sequence[str]) -> bool:
 
 
 def cell_file(config: RunConfig, where: Topology) -> Path:
-    settings = to_dict(config)
+    """Where a cell is kept. What a run leaves at its default is not in the hash: a new setting moves no cell."""
+    settings = _chosen(to_dict(config), to_dict(RunConfig()))
     settings["model"]["engram"].pop("engram_compressed_vocab_size", None)
     key = hashlib.sha256(json.dumps([settings, where.name], sort_keys=True).encode()).hexdigest()[:12]
     return CELLS / f"{config.name}-{where.name}-{key}.json"
+
+
+def _chosen(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The settings that differ from their defaults; every section stays."""
+    return {
+        name: _chosen(value, defaults[name])
+        if isinstance(value, dict) and isinstance(defaults.get(name), dict)
+        else value
+        for name, value in settings.items()
+        if isinstance(value, dict) or value != defaults.get(name)
+    }
 
 
 def write_table(cells: Sequence[tuple[str, str]]) -> None:

@@ -33,6 +33,21 @@ def test_only_missing_cells_are_compiled_and_the_table_grows(page):
     assert text.count("| fits |") == 5 and text.count("| not compiled |") == 15
 
 
+def test_a_cell_keeps_its_name_when_settings_are_added_and_loses_it_when_one_changes(page, monkeypatch):
+    config, where = build("engram_27b"), topology("v5p-64")
+    before = matrix.cell_file(config, where)
+    assert matrix.cell_file(replace(config, model__hc_mult=2), where) != before
+    assert matrix.cell_file(replace(config, data__batch_size=640), where) != before
+    known = matrix.to_dict
+
+    def with_a_new_setting(config):
+        settings = known(config)
+        return settings | {"model": settings["model"] | {"new_setting": 1}}
+
+    monkeypatch.setattr(matrix, "to_dict", with_a_new_setting)
+    assert matrix.cell_file(config, where) == before
+
+
 def test_a_cell_that_cannot_be_compiled_leaves_the_others(page):
     def compile_programs(config, *rest):
         if config.name == "moe_27b":
