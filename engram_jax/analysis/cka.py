@@ -21,6 +21,9 @@ from matplotlib.ticker import MaxNLocator
 
 from engram_jax.config import require
 
+FEW_CELLS = 64
+"""Of a heat map, at most, that have their values written in."""
+
 
 def cka(batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Similarity of every layer of one model to every layer of another: float64 [A, B], 1 for equal states.
@@ -113,6 +116,9 @@ def draw_cka(
     axes.set_ylabel(f"layer of {rows}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if similarity_AB.size <= FEW_CELLS:
+        for (i, j), value in np.ndenumerate(similarity_AB):
+            axes.annotate(f"{value:.2f}", (j, i), ha="center", va="center", fontsize=8, color="white")
     assert axes.figure is not None
     axes.figure.colorbar(image, ax=axes, label="CKA", fraction=0.046, pad=0.02)
 

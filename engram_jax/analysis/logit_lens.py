@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from engram_jax.analysis.hidden_states import state_batches
 from engram_jax.evaluation.statistics import Metric, ratio
@@ -95,6 +96,7 @@ def draw_lens(axes: Axes, curves: Mapping[str, np.ndarray], first: int = -1) -> 
         axes.plot(layers, curve_RL.mean(0), color=color, linewidth=1.5, label=label)
         for curve_L in curve_RL:
             axes.plot(layers, curve_L, marker, color=color, markersize=3, alpha=0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer" if first >= 0 else "layer (-1: embedding)")
     axes.set_ylabel("KL divergence (nats)")
     axes.set_ylim(bottom=0)
