@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from engram_jax.config import ConfigError, RunConfig, replace
 
 RUNS: dict[str, Callable[[], RunConfig]] = {}
+FAMILIES: list[Callable[[str], Callable[[], RunConfig] | None]] = []
+"""What makes a run from its name alone (experiments/ladder.py): too many to be listed. None: not of this family."""
 
 
 def register(run: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
@@ -16,15 +18,27 @@ def register(run: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
     return run
 
 
+def find(name: str) -> Callable[[], RunConfig]:
+    """The function that returns the run of that name.
+
+    Raises:
+      ConfigError: no such run; names the nearest.
+    """
+    if name in RUNS:
+        return RUNS[name]
+    for family in FAMILIES:
+        if (run := family(name)) is not None:
+            return run
+    raise ConfigError(f"there is no run {name!r}{nearest(name, RUNS) or '; --list shows them all'}.")
+
+
 def build(name: str) -> RunConfig:
     """The run of that name, its `name` set.
 
     Raises:
       ConfigError: no such run; names the nearest.
     """
-    if name not in RUNS:
-        raise ConfigError(f"there is no run {name!r}{nearest(name, RUNS) or '; --list shows them all'}.")
-    return replace(RUNS[name](), name=name)
+    return replace(find(name)(), name=name)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

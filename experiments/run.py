@@ -33,7 +33,7 @@ import tyro
 from engram_jax.config import ConfigError, RunConfig, require, to_dict
 from engram_jax.training.errors import FAILED, FINISHED, INTERRUPTED, MISTAKEN, PEERS_LOST, PeersError, RunError
 from experiments.command_line import field_paths, keep_compiled_programs, parsed
-from experiments.registry import RUNS, build
+from experiments.registry import RUNS, build, find
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ def parse(config: RunConfig, overrides: Sequence[str], command: str = "", about:
 
 
 def _doc(name: str) -> str:
-    return inspect.getdoc(RUNS[name]) or ""
+    return inspect.getdoc(find(name)) or ""
 
 
 if __name__ == "__main__":

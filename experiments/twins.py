@@ -20,12 +20,12 @@ def dense_twin(run: RunConfig) -> RunConfig:
     return replace(run, model__moe__n_routed_experts=0, model__intermediate_size=active_width(run.model.moe))
 
 
-def engram_twin(run: RunConfig, engram: EngramConfig, n_routed_experts: int) -> RunConfig:
+def engram_twin(run: RunConfig, engram: EngramConfig, n_routed_experts: int, multiple: int = 4) -> RunConfig:
     """The same run with memory at the size that fewer experts pay for.
 
-    Two numbers are solved for. The reader's projections cost what narrower experts (and dense blocks) save, to a
-    multiple of 4: they are 0.9 % of the paper's active weights but a tenth of a tiny model's. Then `engram_vocab_size`
-    is what brings the total back to the MoE's.
+    Two numbers are solved for. The reader's projections cost what narrower experts (and dense blocks) save, in steps of
+    `multiple`: they are 0.9 % of the paper's active weights but a tenth of a tiny model's. Then `engram_vocab_size` is
+    what brings the total back to the MoE's.
 
     Raises:
       ConfigError: the experts given up do not even pay for the reader.
@@ -36,7 +36,10 @@ def engram_twin(run: RunConfig, engram: EngramConfig, n_routed_experts: int) -> 
         return replace(run, model__moe=moe, model__engram=engram, model__intermediate_size=active_width(moe))
 
     target, widest = parameters(run.model), run.model.moe.moe_intermediate_size
-    widths = range(4, widest + 1, 4)
+    # Active parameters grow linearly with the width: two of them say where to look.
+    least, next_one = (backbone_parameters(narrowed(w).model).active for w in (multiple, 2 * multiple))
+    near = min(max(1, 1 + round((target.active - least) / (next_one - least))), widest // multiple)
+    widths = [multiple * n for n in (near - 1, near, near + 1) if 1 <= n <= widest // multiple]
     width = min(widths, key=lambda w: abs(backbone_parameters(narrowed(w).model).active - target.active))
     twin = narrowed(width)
     spare = target.total - backbone_parameters(twin.model).total

@@ -1,0 +1,258 @@
+"""Plans what a budget of training FLOPs buys: dense, MoE and MoE with memory, matched, on a TPU slice.
+
+  python -m experiments.plan --budget 2e20 --topology v5p:4x4x4
+
+  --budget C        training FLOPs, C = 6 x active parameters x tokens, as the paper counts: 1e14 to 1e23
+  --topology NAME   v5p-64 (numbers are chips), or the slice's shape: v5p:4x4x4. A wrong one lists those there are.
+  --kinds moe ...   which of dense, moe, engram (default: all)
+  --compile         asks the TPU compiler for memory and time (minutes for each kind; needs libtpu: uv run --extra tpu).
+                    Without, both are estimates from counts, and say so.
+  --json            the plan as JSON, configs included
+  --corpus PATH --tokenizer FILE --run_dir gs://BUCKET/FOLDER   go into the commands, which otherwise name variables
+
+  The rules' ratios; the defaults are the paper's (experiments/scaling.py, docs/scaling.md):
+  --tokens_per_parameter 103   tokens / active parameters
+  --sparsity 10                total / active parameters
+  --rho 0.775                  the experts' share of the sparse parameters, beside a memory
+
+The runs need not be written down: engram_2e20 is a name that experiments.run, .compile and python -m tpu understand.
+Ends with 0, with 3 if something is too large, with 2 after a mistake in the arguments, 1 if the compiler gave up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tyro
+
+from engram_jax.aot.chips import Topology, topology
+from engram_jax.config import ConfigError, RunConfig, require, to_dict
+from engram_jax.counts import parameters, sparse_parameters
+from engram_jax.training.errors import RunError
+from experiments import scaling
+from experiments.command_line import field_paths, parsed
+from experiments.compile import FITS, GAVE_UP, MISTAKE, TOO_LARGE, Compile, compile_report, needed
+from experiments.estimates import SHORTEST_STEP, Needs, needs
+from experiments.launch import commands
+from experiments.slices import laid_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    budget: float = 0.0
+    topology: str = ""
+    kinds: tuple[str, ...] = scaling.KINDS
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    corpus: str = ""
+    tokenizer: str = ""
+    run_dir: str = ""
+    tokens_per_parameter: float = scaling.PAPER.tokens_per_parameter
+    sparsity: float = scaling.PAPER.sparsity
+    rho: float = scaling.PAPER.rho
+
+    @property
+    def ratios(self) -> scaling.Ratios:
+        return scaling.Ratios(self.tokens_per_parameter, self.sparsity, self.rho)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A run, laid out for the slice, with what it needs there."""
+
+    run: RunConfig
+    needs: Needs
+    report: dict[str, Any] | None = None
+    """The compiler's (experiments/compile.py), if it was asked."""
+
+
+def main(arguments: Sequence[str], compile_programs: Compile | None = None) -> int:
+    """Does what the command line `arguments` say; returns the exit status. Errors are one line each."""
+    try:
+        return run(list(arguments), compile_programs)
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKE if isinstance(error, ConfigError) else GAVE_UP
+
+
+def run(arguments: list[str], compile_programs: Compile | None = None) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        return FITS
+    options = parsed(Options, arguments, "python -m experiments.plan", field_paths, "; --help lists all options")
+    require(options.budget > 0, "say how many training FLOPs: --budget 2e20, for example.")
+    require(bool(options.topology), "say for which chips: --topology v5p-64, for example.")
+    unknown = [kind for kind in options.kinds if kind not in scaling.KINDS]
+    require(not unknown, f"--kinds {' '.join(unknown)}: there are {', '.join(scaling.KINDS)}.")
+    where = topology(options.topology)
+    made = plan(options.budget, where, options.ratios)
+    made = {kind: made[kind] for kind in scaling.KINDS if kind in options.kinds}
+    if options.compile:
+        for kind, planned in made.items():
+            print(f"Compiling {planned.run.name} for {where}: minutes.", file=sys.stderr, flush=True)
+            report = compile_report(planned.run, where, ("train",), compile_programs=compile_programs, detail=False)
+            made[kind] = dataclasses.replace(planned, report=report)
+    text = {"corpus": options.corpus, "tokenizer": options.tokenizer, "run_dir": options.run_dir}
+    if options.json:
+        print(json.dumps(described(options.budget, where, options.ratios, made, text), indent=1))
+    else:
+        print(page(options.budget, where, options.ratios, made, text))
+    return FITS if all(fits(planned) for planned in made.values()) else TOO_LARGE
+
+
+def plan(budget: float, where: Topology, ratios: scaling.Ratios = scaling.PAPER) -> dict[str, Planned]:
+    """The budget's three runs on the slice, by kind.
+
+    Raises:
+      ConfigError: the budget lies outside of the rules, or the slice has more devices than a step has sequences.
+    """
+    runs = scaling.triple(budget, ratios, where.devices)
+    placed = {kind: laid_out(run, where) for kind, run in runs.items()}
+    return {kind: Planned(run, needs(run, where)) for kind, run in placed.items()}
+
+
+def fits(planned: Planned) -> bool:
+    """Unless it is known, or estimated, to be too large."""
+    return planned.report["fits"] if planned.report else planned.needs.verdict != "too large"
+
+
+def facts(planned: Planned) -> dict[str, Any]:
+    """What a plan says of a run: numbers, by the names of the config and of counts.py."""
+    run, model, needs = planned.run, planned.run.model, planned.needs
+    counts, (sparse, rho) = parameters(model), sparse_parameters(model)
+    tokens = run.data.batch_size * run.data.seq_len * run.train.steps
+    mesh = {axis: getattr(run.train, f"mesh_{axis}") for axis in ("fsdp", "expert")}
+    known = {
+        "num_hidden_layers": model.num_hidden_layers,
+        "hidden_size": model.hidden_size,
+        "n_routed_experts": model.moe.n_routed_experts,
+        "moe_intermediate_size": model.moe.moe_intermediate_size if model.moe.enabled else 0,
+        "intermediate_size": model.intermediate_size,
+        "memory": counts.memory,
+        "active": counts.active,
+        "total": counts.total,
+        "total_without_vocabulary": scaling.non_vocabulary(counts),
+        "sparsity": scaling.non_vocabulary(counts) / counts.active,
+        "rho": rho if sparse else None,
+        "tokens": tokens,
+        "steps": run.train.steps,
+        "batch_size": run.data.batch_size,
+        "seq_len": run.data.seq_len,
+        "learning_rate": run.optimizer.learning_rate,
+        "table_learning_rate": run.optimizer.learning_rate * run.optimizer.table_lr_multiplier,
+        "warmup_steps": run.optimizer.warmup_steps,
+        "six_n_d": 6 * counts.active * tokens,
+        "flops": needs.flops,
+        "mesh": mesh,
+        "grad_accum": run.train.grad_accum,
+        "estimate": {
+            "memory": needs.memory,
+            "needed": needs.needed,
+            "available": needs.available,
+            "verdict": needs.verdict,
+            "assumed_mfu": needs.mfu,
+            "step_seconds": needs.seconds,
+            "chip_hours": needs.chip_hours,
+            "chip_hours_at_peak": needs.chip_hours_at_peak,
+        },
+    }
+    if planned.report:
+        report = planned.report
+        times = report["programs"]["train"].get("times", {}).get("estimates", {})
+        known["compiled"] = {"fits": report["fits"], "needed": needed(report), "times": times}
+    return known
+
+
+def described(
+    budget: float, where: Topology, ratios: scaling.Ratios, made: Mapping[str, Planned], text: Mapping[str, str]
+) -> dict[str, Any]:
+    """The plan as JSON values."""
+    return {
+        "budget": budget,
+        "ratios": dataclasses.asdict(ratios),
+        "topology": {"name": where.name, "text": str(where), "chips": where.chips, "hosts": where.hosts},
+        "runs": {
+            kind: {
+                "name": planned.run.name,
+                **facts(planned),
+                "commands": commands(planned.run, where, **text),
+                "config": to_dict(planned.run),
+            }
+            for kind, planned in made.items()
+        },
+    }
+
+
+def page(
+    budget: float, where: Topology, ratios: scaling.Ratios, made: Mapping[str, Planned], text: Mapping[str, str]
+) -> str:
+    """The plan for a terminal."""
+    columns = {planned.run.name: column(facts(planned)) for planned in made.values()}
+    names = list(columns)
+    rows = [["", *names]] + [[row, *(columns[name][row] for name in names)] for row in columns[names[0]]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names) + 1)]
+    lines = [f"{budget:g} training FLOPs = 6 x active parameters x tokens, on {where}", ""]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    one = next(iter(made.values()))
+    lines += [
+        "",
+        f"Ratios: {ratios.tokens_per_parameter:g} tokens to an active parameter, {ratios.sparsity:g} parameters to an "
+        f"active one, experts {ratios.rho:.1%} of the sparse ones. Rules, sources and assumptions: docs/scaling.md.",
+        "FLOPs are the budget and what counts.py adds to it: logits, and attention's scores.",
+        "Nothing was measured. Estimates: state is counted, the rest of the memory estimated; time assumes "
+        f"{one.needs.mfu:.0%} of the peak ({where.chip.name}) and no step below {1000 * SHORTEST_STEP:g} ms. "
+        "At the peak no run can be faster.",
+    ]
+    if not one.report:
+        lines.append("--compile asks the TPU compiler, in minutes.")
+    for planned in made.values():
+        lines += ["", f"# {planned.run.name}", *commands(planned.run, where, **text)]
+    return "\n".join(lines)
+
+
+def column(known: Mapping[str, Any]) -> dict[str, str]:
+    """A run's facts in words, by the name of the row."""
+    estimate, experts = known["estimate"], known["n_routed_experts"]
+    rows = {
+        "blocks x width": f"{known['num_hidden_layers']} x {known['hidden_size']}",
+        "feed-forward": f"{experts} experts of {known['moe_intermediate_size']}"
+        if experts
+        else f"dense, {known['intermediate_size']}",
+        "active": short(known["active"]),
+        "total, no vocabulary": f"{short(known['total_without_vocabulary'])} ({known['sparsity']:.2f} x)",
+        "of it memory": f"{short(known['memory'])} (rho {known['rho']:.1%})" if known["memory"] else "-",
+        "tokens": short(known["tokens"]),
+        "steps": f"{known['steps']:,} of {known['batch_size']} x {known['seq_len']}",
+        "learning rate": f"{known['learning_rate']:g}"
+        + (f", tables {known['table_learning_rate']:g}" if known["memory"] else ""),
+        "FLOPs": f"{known['flops']:.3g}",
+        "mesh, parts": ", ".join(f"{axis} {size}" for axis, size in known["mesh"].items() if size > 1)
+        + f", {known['grad_accum']}",
+        "memory of a chip": f"{estimate['needed'] / 1e9:.3g} of {estimate['available'] / 1e9:.3g} GB: "
+        f"{estimate['verdict']}",
+        "step, estimated": f"{estimate['step_seconds']:.3g} s",
+        "chip-hours": f"{short(estimate['chip_hours'])} ({short(estimate['chip_hours_at_peak'])} at the peak)",
+    }
+    if compiled := known.get("compiled"):
+        verdict = "fits" if compiled["fits"] else "too large"
+        rows["memory, compiled"] = f"{compiled['needed'] / 1e9:.3g} GB: {verdict}"
+        times = [compiled["times"][name] for name in ("overlapped", "in turn") if name in compiled["times"]]
+        rows["step, compiled"] = " to ".join(f"{time['seconds']:.3g}" for time in times) + " s"
+        rows["chip-hours, compiled"] = " to ".join(short(time["chip_hours"]) for time in times)
+    return rows
+
+
+def short(number: float) -> str:
+    """5.69 B, 12,300, 0.5."""
+    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
