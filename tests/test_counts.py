@@ -160,6 +160,7 @@ def test_state_bytes_are_what_the_optimizer_allocates(matrix_optimizer):
 SLOT_BYTES = {
     "catch_up_adam": 2 * 3 * 4 + 4,
     "dense_adam": 2 * 3 * 4,
+    "lazy_adam": 2 * 3 * 4,
     "rowwise_adagrad": 4,
     "rowwise_rmsprop": 4 + 4,
     "sinkhorn": 3 * 4,

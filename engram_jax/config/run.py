@@ -66,12 +66,13 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Global norm over all gradients, row gradients included. 0: no clipping."""
     table_optimizer: Literal[
-        "catch_up_adam", "dense_adam", "rowwise_adagrad", "rowwise_rmsprop", "sinkhorn", "frozen"
+        "catch_up_adam", "dense_adam", "lazy_adam", "rowwise_adagrad", "rowwise_rmsprop", "sinkhorn", "frozen"
     ] = "catch_up_adam"
     """catch_up_adam: dense Adam's trajectory at the cost of the rows looked up, 8 bytes of state per number.
     rowwise_adagrad, rowwise_rmsprop: 4 and 8 bytes per row. sinkhorn: V4.1's, 4 bytes per number. The latter and
-    dense_adam, the test oracle, cost time in proportion to the table. frozen: tables are read only, and nothing is kept
-    for their rows."""
+    dense_adam, the test oracle, cost time in proportion to the table. lazy_adam: rows stand still while nobody reads
+    them, as in most sparse optimizers; for comparison. frozen: tables are read only, and nothing is kept for their
+    rows."""
     table_lr_multiplier: float = 5.0
     sinkhorn_momentum: float = 0.95
     sinkhorn_iters: int = 11

@@ -14,6 +14,7 @@ from engram_jax.memory.row_optimizers import (
     ROW_OPTIMIZERS,
     CatchUpAdam,
     DenseAdam,
+    LazyAdam,
     RowwiseAdagrad,
     RowwiseRMSprop,
     bytes_per_row,
@@ -142,6 +143,30 @@ def test_a_row_never_touched_never_moves_and_a_run_may_outlast_its_schedule():
     np.testing.assert_allclose(late, longer, rtol=1e-5)
 
 
+# --- lazy Adam ---
+
+
+def test_lazy_adam_is_adam_at_the_steps_that_touch_a_row_counted_from_the_start():
+    """A loop over rows and steps in float64. Dense Adam, fed the same gradients, goes elsewhere."""
+    start, grads, touched = rowwise_case(steps=200, rows=12, width=3)
+    rates = schedule(200)[:200]
+    rows, slots = run_touched(LazyAdam(rates), start, grads, touched)
+    p, m, v = start.copy(), np.zeros(start.shape), np.zeros(start.shape)
+    for step in range(200):
+        for row in np.flatnonzero(touched[step]):
+            g, k = grads[step, row], step + 1
+            m[row] = 0.9 * m[row] + 0.1 * g
+            v[row] = 0.95 * v[row] + 0.05 * g**2
+            p[row] -= rates[step] * (m[row] / (1 - 0.9**k)) / (np.sqrt(v[row] / (1 - 0.95**k)) + 1e-20)
+    np.testing.assert_allclose(rows, p, rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(slots["m"], m, rtol=1e-4, atol=1e-6 * np.abs(m).max())
+    np.testing.assert_allclose(slots["v"], v, rtol=1e-4, atol=1e-30)
+    np.testing.assert_array_equal(rows[7], jnp.float32(start[7]))  # never touched
+    dense, _ = run_touched(DenseAdam(rates), start, grads * touched[..., None], np.ones_like(touched))
+    rare = np.flatnonzero((touched.sum(0) > 0) & (touched.sum(0) < 20))
+    assert len(rare) and np.all(np.abs(dense - p)[rare].mean(1) > 0.2 * np.abs(np.asarray(dense) - start)[rare].mean(1))
+
+
 # --- row-wise rules ---
 
 
@@ -234,7 +259,7 @@ def test_bfloat16_rows_have_float32_slots_and_are_read_as_float32(name):
 
 def test_the_config_reaches_the_rules():
     config, rates = OptimizerConfig(adam_b1=0.8, adam_b2=0.9, adam_eps=1e-9), schedule(10)
-    for name in ("catch_up_adam", "dense_adam"):
+    for name in ("catch_up_adam", "dense_adam", "lazy_adam"):
         rule = ROW_OPTIMIZERS[name].create(config, rates)
         assert (rule.b1, rule.b2, rule.eps) == (0.8, 0.9, 1e-9)
     rms, adagrad = RowwiseRMSprop.create(config, rates), RowwiseAdagrad.create(config, rates)
@@ -247,6 +272,7 @@ def test_the_config_reaches_the_rules():
     [
         ("catch_up_adam", 8 * 80 + 4),
         ("dense_adam", 8 * 80),
+        ("lazy_adam", 8 * 80),
         ("rowwise_adagrad", 4),
         ("rowwise_rmsprop", 8),
         ("sinkhorn", 4 * 80),

@@ -18,7 +18,8 @@ from engram_jax.memory.row_optimizers.protocol import at_step
 from engram_jax.memory.table import Slots
 
 
-def _adam(rows, m, v, grads, k, learning_rate, b1, b2, eps):
+def adam_step(rows, m, v, grads, k, learning_rate, b1, b2, eps):
+    """Adam's update number k (1, 2, ...): rows, m and v after it."""
     m = b1 * m + (1 - b1) * grads
     v = b2 * v + (1 - b2) * jnp.square(grads)
     k = jnp.asarray(k, jnp.float32)
@@ -48,7 +49,7 @@ class DenseAdam:
 
     def update(self, rows_UD: jax.Array, slots: Slots, grads_UD: jax.Array, step: jax.Array) -> tuple[jax.Array, Slots]:
         rate = at_step(self.learning_rates, step)
-        rows, m, v = _adam(rows_UD, slots["m"], slots["v"], grads_UD, step + 1, rate, self.b1, self.b2, self.eps)
+        rows, m, v = adam_step(rows_UD, slots["m"], slots["v"], grads_UD, step + 1, rate, self.b1, self.b2, self.eps)
         return rows, {"m": m, "v": v}
 
     def update_table(
@@ -115,7 +116,7 @@ class CatchUpAdam:
 
     def update(self, rows_UD: jax.Array, slots: Slots, grads_UD: jax.Array, step: jax.Array) -> tuple[jax.Array, Slots]:
         rate = at_step(self.learning_rates, step)
-        rows, m, v = _adam(rows_UD, slots["m"], slots["v"], grads_UD, step + 1, rate, self.b1, self.b2, self.eps)
+        rows, m, v = adam_step(rows_UD, slots["m"], slots["v"], grads_UD, step + 1, rate, self.b1, self.b2, self.eps)
         return rows, {"m": m, "v": v, "last_step": slots["last_step"] + 1}
 
 
