@@ -101,15 +101,29 @@ def _streams(config: ModelConfig) -> Iterator[Leaf]:
             yield Leaf("hyper_connections", name, shape, 2 * config.num_hidden_layers)
 
 
+def _port(config: ModelConfig, copies: int) -> Iterator[Leaf]:
+    M, C = config.hc_mult, config.hc_mult * config.hidden_size
+    shapes = {"phi_pre_cm": (C, M), "phi_post_cm": (C, M), "alpha": (2,), "bias_pre": (M,), "bias_post": (M,)}
+    for name, shape in shapes.items():
+        yield Leaf("hyper_connections", name, shape, copies)
+
+
 def _readers(config: ModelConfig) -> Iterator[Leaf]:
-    engram, M, D, L = config.engram, config.hc_mult, config.hidden_size, len(config.engram.engram_layer_ids)
+    engram, M, D, L = config.engram, config.engram_branches, config.hidden_size, len(config.engram.engram_layer_ids)
     if not L:
         return
-    yield Leaf("engram_projections", "key_value_emd", (engram.memory_dim, M + 1, D), L)
+    if engram.engram_variant == "over_encoding":
+        yield Leaf("engram_projections", "slice_hed", (engram.num_rows_per_token, engram.engram_head_dim, D), L)
+        return
+    keys = 0 if "gate" in engram.engram_without else M
+    yield Leaf("engram_projections", "key_value_emd", (engram.memory_dim, keys + 1, D), L)
     if engram.engram_bias:
-        yield Leaf("engram_projections", "key_value_bias_md", (M + 1, D), L)
-    yield Leaf("norms", "query_norm", (M, D), L)
-    yield Leaf("norms", "key_norm", (M, D), L)
+        yield Leaf("engram_projections", "key_value_bias_md", (keys + 1, D), L)
+    if keys:
+        yield Leaf("norms", "query_norm", (M, D), L)
+        yield Leaf("norms", "key_norm", (M, D), L)
+    if "multi_branch" in engram.engram_without:
+        yield from _port(config, L)
     if engram.engram_kernel_size:
         yield Leaf("norms", "conv_norm", (M, D), L)
         yield Leaf("engram_conv", "conv_kmd", (engram.engram_kernel_size, M, D), L)

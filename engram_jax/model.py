@@ -21,7 +21,7 @@ from flax import nnx
 from engram_jax.config import ModelConfig
 from engram_jax.layers import cross_entropy
 from engram_jax.layers.attention import make_attention
-from engram_jax.layers.engram import EngramReader
+from engram_jax.layers.engram_readers import reader_class
 from engram_jax.layers.ffn import FFN
 from engram_jax.layers.hyper_connections import HyperConnection, read_streams, write_streams
 from engram_jax.layers.moe import Buffer, MoE, MoEStats, updated_bias
@@ -142,7 +142,7 @@ class Model(nnx.Module):
         self.blocks = nnx.Dict(stacks)
         self.engram = nnx.Dict(
             {
-                str(i): EngramReader(config, rngs=nnx.Rngs(named_key(key, f"engram {i}")))
+                str(i): reader_class(config.engram)(config, rngs=nnx.Rngs(named_key(key, f"engram {i}")))
                 for i in config.engram.engram_layer_ids
             }
         )
@@ -187,6 +187,8 @@ class Model(nnx.Module):
         """The streams before the first block, which the embedding enters alike: x_BTMD."""
         table_VD = in_use(self.embedding_vd[...], "vocab", "embed", dtype=self.config.dtype)
         x_BTD = table_VD.at[tokens_BT].get(out_sharding=spec("batch", "seq", "act"))
+        if (share := self.config.engram.vocab_share) != 1:
+            x_BTD = share * x_BTD
         return jnp.broadcast_to(x_BTD[:, :, None], (*x_BTD.shape[:2], self.config.hc_mult, x_BTD.shape[-1]))
 
     def final(self, x_BTMD: jax.Array) -> jax.Array:

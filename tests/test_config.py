@@ -23,6 +23,7 @@ from engram_jax.config import (
 )
 
 ENGRAM = EngramConfig(engram_layer_ids=(1,), engram_vocab_size=(10, 20))
+WITHOUT_BRANCHES = EngramConfig(engram_without=("multi_branch",))
 STRETCHED = YarnConfig(factor=2.0, original_max_position_embeddings=100)
 
 
@@ -39,6 +40,15 @@ STRETCHED = YarnConfig(factor=2.0, original_max_position_embeddings=100)
         (lambda: EngramConfig(engram_vocab_size=(5, 6, 7)), "engram_vocab_size", "3 entries"),
         (lambda: EngramConfig(engram_vocab_size=1), "engram_vocab_size", "1"),
         (lambda: EngramConfig(engram_kernel_size=-1), "engram_kernel_size", "-1"),
+        (lambda: EngramConfig(engram_without=("conv",)), "engram_without", "'multi_branch'"),  # type: ignore[arg-type]
+        (lambda: EngramConfig(engram_without=("gate", "gate")), "engram_without", "'gate', 'gate'"),
+        (lambda: EngramConfig(engram_without=("gate", "multi_branch")), "engram_without", "'multi_branch'"),
+        (
+            lambda: EngramConfig(engram_variant="qwen_ple", engram_without=("gate", "wide_hash")),
+            "engram_without=('gate', 'wide_hash')",
+            "'qwen_ple'",
+        ),
+        (lambda: ModelConfig(hc_mult=1, engram=WITHOUT_BRANCHES), "engram_without=('multi_branch',)", "hc_mult=1"),
         (lambda: AttentionConfig(kind="mha"), "kind", "'gqa'"),  # type: ignore[arg-type]
         (lambda: AttentionConfig(qk_rope_head_dim=7), "qk_rope_head_dim", "7"),
         (lambda: AttentionConfig(rope_theta=1.0), "rope_theta", "1.0"),

@@ -321,6 +321,13 @@ def test_one_stream_is_an_ordinary_residual_network():
         {"hc_mult": 1, "tie_word_embeddings": True},
         {"attention__kind": "gqa", "attention__num_key_value_heads": 1, "engram__engram_bias": True},
         {"moe__n_shared_experts": 0, "moe__first_k_dense_replace": 2, "engram__engram_kernel_size": 0},
+        {"engram__engram_without": ("gate",), "engram__engram_bias": True},
+        {"engram__engram_without": ("multi_branch", "compression")},
+        {
+            "engram__engram_variant": "over_encoding",
+            "engram__engram_layer_ids": (0,),
+            "engram__engram_kernel_size": 0,
+        },
     ],
     ids=str,
 )

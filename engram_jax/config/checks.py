@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -15,8 +15,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_literals(config: Any) -> None:
-    """Raises if a field annotated `Literal[...]` holds something else (tyro checks the command line, not Python)."""
+    """Raises if a field annotated `Literal[...]`, or `tuple[Literal[...], ...]`, holds something else (tyro checks the
+    command line, not Python)."""
     for name, hint in get_type_hints(type(config)).items():
-        if getattr(hint, "__origin__", None) is Literal:
-            value, allowed = getattr(config, name), get_args(hint)
-            require(value in allowed, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+        value, values = getattr(config, name), (getattr(config, name),)
+        if get_origin(hint) is tuple:
+            hint, values = get_args(hint)[0], value
+        if get_origin(hint) is Literal:
+            allowed = get_args(hint)
+            wrong = [v for v in values if v not in allowed]
+            require(not wrong, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")

@@ -14,8 +14,9 @@ class EngramConfig:
 
     engram_layer_ids: tuple[int, ...] = ()
     """Zero-based blocks that begin with an Engram reader. Empty: no memory, and the model is the plain backbone."""
-    engram_variant: Literal["paper", "deepseek_v41", "qwen_ple"] = "paper"
-    """Which published hash and gate: see memory/hashing.py and layers/engram.py."""
+    engram_variant: Literal["paper", "deepseek_v41", "qwen_ple", "over_encoding"] = "paper"
+    """Which published hash and gate: see memory/hashing.py and layers/engram.py. over_encoding: another reader of the
+    same store, n-gram embeddings averaged with the vocabulary's (layers/over_encoding.py)."""
     engram_max_ngram_size: int = 3
     """Largest n-gram order N; orders 2..N are looked up."""
     engram_n_heads: int = 8
@@ -37,6 +38,10 @@ class EngramConfig:
     """True restores the published demo's behaviour: windows run across document boundaries in packed rows."""
     engram_bias: bool = False
     """Biases on the key and value projections (the demo has them, the paper does not)."""
+    engram_without: tuple[Literal["multi_branch", "compression", "gate", "wide_hash"], ...] = ()
+    """Parts left out, to see what each is good for (paper 6.2). multi_branch: one key and one gate, for the one state
+    that a sub-layer would read from the streams. compression: raw token ids are hashed. gate: it is 1, and the keys
+    are gone. wide_hash: the mix of an n-gram has 31 bits, as in MaxText, not 63. (Convolution: engram_kernel_size.)"""
 
     def __post_init__(self):
         check_literals(self)
@@ -56,10 +61,47 @@ class EngramConfig:
             )
         require(all(s >= 2 for s in self.vocab_size_per_order), f"engram_vocab_size={sizes} must be at least 2.")
         require(self.engram_kernel_size >= 0, f"engram_kernel_size={self.engram_kernel_size} must be 0 or positive.")
+        self._check_without()
+        self._check_over_encoding()
+
+    def _check_over_encoding(self) -> None:
+        if self.engram_variant != "over_encoding":
+            return
+        for name, needed in (("layer_ids", (0,)), ("kernel_size", 0), ("bias", False), ("without", ())):
+            value = getattr(self, f"engram_{name}")
+            require(
+                value in (needed, ()),
+                f"engram_{name}={value} with engram_variant='over_encoding', which is read at the input only, by a "
+                f"plain projection: set engram_{name}={needed}.",
+            )
+
+    def _check_without(self) -> None:
+        without = self.engram_without
+        require(len(set(without)) == len(without), f"engram_without={without} names a part twice.")
+        require(
+            not {"multi_branch", "gate"} <= set(without),
+            f"engram_without={without}: without a gate no state is read, so there is no branch to be left: name one.",
+        )
+        of_the_hash = [part for part in without if part in ("compression", "wide_hash")]
+        require(
+            not of_the_hash or self.engram_variant in ("paper", "deepseek_v41"),
+            f"engram_without={without}: engram_variant={self.engram_variant!r} has its own hash of raw ids, without "
+            f"{' or '.join(of_the_hash)} to leave out. Choose engram_variant=paper or deepseek_v41.",
+        )
 
     @property
     def enabled(self) -> bool:
         return bool(self.engram_layer_ids)
+
+    @property
+    def has_gates(self) -> bool:
+        """Whether readers match rows with the hidden state at all."""
+        return self.enabled and self.engram_variant != "over_encoding" and "gate" not in self.engram_without
+
+    @property
+    def vocab_share(self) -> float:
+        """Weight of the vocabulary's embedding in the model's input: over_encoding averages it with a token's rows."""
+        return 1 / (1 + self.num_rows_per_token) if self.enabled and self.engram_variant == "over_encoding" else 1.0
 
     @property
     def vocab_size_per_order(self) -> tuple[int, ...]:
@@ -230,3 +272,13 @@ class ModelConfig:
             not self.engram.enabled or 0 <= self.engram.engram_pad_token_id < self.vocab_size,
             f"engram_pad_token_id={self.engram.engram_pad_token_id} is not below vocab_size={self.vocab_size}.",
         )
+        require(
+            self.hc_mult > 1 or "multi_branch" not in self.engram.engram_without,
+            f"engram_without={self.engram.engram_without}: hc_mult={self.hc_mult} has one branch as it is. Leave "
+            "multi_branch out of it, or raise hc_mult.",
+        )
+
+    @property
+    def engram_branches(self) -> int:
+        """States that an Engram layer gates by themselves: the streams, or the one without multi_branch."""
+        return 1 if "multi_branch" in self.engram.engram_without else self.hc_mult

@@ -23,7 +23,7 @@ from engram_jax.sharding import placed, spec
 if TYPE_CHECKING:
     from engram_jax.training.state import TrainState
 
-ROW_PROJECTIONS = ("key_value_emd", "key_value_bias_md")
+ROW_PROJECTIONS = ("key_value_emd", "key_value_bias_md", "slice_hed")
 """Of a reader: all that its rows pass through first."""
 
 

@@ -62,7 +62,7 @@ def new_cache(config: ModelConfig, batch: int, max_len: int, spare: int = 0) -> 
         kept = spec("batch", None, None)
         for layer in engram.engram_layer_ids:
             wide = jnp.promote_types(dtype, jnp.float32)
-            gate = jnp.zeros((batch, reach + spare, config.hc_mult), wide, out_sharding=kept)
+            gate = jnp.zeros((batch, reach + spare, config.engram_branches), wide, out_sharding=kept)
             value = jnp.zeros((batch, reach + spare, config.hidden_size), dtype, out_sharding=kept)
             gated[str(layer)] = GatedValues(gate, value)
     return Cache(

@@ -100,16 +100,16 @@ def _read(
     reader: Any, x_BTMD: jax.Array, rows_BTHd: jax.Array, count_B: jax.Array, kept: GatedValues | None
 ) -> tuple[jax.Array, GatedValues | None]:
     """The streams after an Engram layer, and its convolution's newest inputs."""
-    gate_BTM, value_BTD = reader.gated_value(x_BTMD, rows_BTHd)
     if kept is None:
-        return x_BTMD + reader.convolved(gate_BTM, value_BTD, None).astype(x_BTMD.dtype), None
+        return x_BTMD + reader(x_BTMD, rows_BTHd), None
+    gate_BTM, value_BTD = reader.gated_value(x_BTMD, rows_BTHd)
     gate_BTM, value_BTD = (placed(x, "batch", None, None) for x in (gate_BTM, value_BTD))
     first, reach = kept.gate_BWM.shape[1] - reader.reach, reader.reach
     gates, values = (
         jnp.concatenate([old[:, first:], new.astype(old.dtype)], axis=1)
         for old, new in ((kept.gate_BWM, gate_BTM), (kept.value_BWD, value_BTD))
     )
-    update_BTMD = placed(reader.convolved(gates, values, None)[:, reach:], "batch", "seq", None, "act")
-    update_BTMD = update_BTMD.astype(x_BTMD.dtype)
+    y_BTMD = placed(reader.convolved(gates, values, None)[:, reach:], "batch", "seq", None, "act")
+    update_BTMD = reader.written(x_BTMD, y_BTMD).astype(x_BTMD.dtype)
     kept = GatedValues(newest(kept.gate_BWM, gate_BTM, count_B), newest(kept.value_BWD, value_BTD, count_B))
     return x_BTMD + update_BTMD, kept

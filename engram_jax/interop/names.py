@@ -201,28 +201,43 @@ def _feed_forward(
 
 
 def _reader(config: ModelConfig, layer: int) -> Iterator[Weight]:
-    engram, M, D = config.engram, config.hc_mult, config.hidden_size
+    engram, M, D = config.engram, config.engram_branches, config.hidden_size
     name, path = f"model.layers.{layer}.engram", ("engram", str(layer))
+    if engram.engram_variant == "over_encoding":
+        shape = (engram.num_rows_per_token, engram.engram_head_dim, D)
+        yield _weight(f"{name}.slice_proj.weight", (*path, "slice_hed"), shape, "hed->h,d,e")
+        return
+    keys = 0 if "gate" in engram.engram_without else M
     # V4.1's names and layouts: the keys of all streams, then the value.
-    yield _weight(f"{name}.wkv.weight", (*path, "key_value_emd"), (engram.memory_dim, M + 1, D), "emd->md,e")
+    yield _weight(f"{name}.wkv.weight", (*path, "key_value_emd"), (engram.memory_dim, keys + 1, D), "emd->md,e")
     if engram.engram_bias:
-        yield _weight(f"{name}.wkv.bias", (*path, "key_value_bias_md"), (M + 1, D), "md->md")
-    yield _weight(f"{name}.q_weight", (*path, "query_norm"), (M, D), "md->m,d")
-    yield _weight(f"{name}.k_weight", (*path, "key_norm"), (M, D), "md->m,d")
+        yield _weight(f"{name}.wkv.bias", (*path, "key_value_bias_md"), (keys + 1, D), "md->md")
+    if keys:
+        yield _weight(f"{name}.q_weight", (*path, "query_norm"), (M, D), "md->m,d")
+        yield _weight(f"{name}.k_weight", (*path, "key_norm"), (M, D), "md->m,d")
+    if "multi_branch" in engram.engram_without:
+        yield from _hyper_connection(config, f"{name}.hc", (*path, "port"), (), ("pre", "post"))
     if K := engram.engram_kernel_size:
         yield _weight(f"{name}.conv_norm.weight", (*path, "conv_norm"), (M, D), "md->m,d")
         yield _weight(f"{name}.conv1d.weight", (*path, "conv_kmd"), (K, M, D), "kmd->md,1,k")
 
 
-def _hyper_connection(config: ModelConfig, name: str, path: tuple[str, ...], at: tuple[int, ...]) -> Iterator[Weight]:
+def _hyper_connection(
+    config: ModelConfig,
+    name: str,
+    path: tuple[str, ...],
+    at: tuple[int, ...],
+    maps: tuple[str, ...] = ("pre", "post", "res"),
+) -> Iterator[Weight]:
     M, C = config.hc_mult, config.hc_mult * config.hidden_size
+    width = {"pre": M, "post": M, "res": M * M}
+    bias = {"pre": ((M,), "m->m"), "post": ((M,), "m->m"), "res": ((M, M), "mn->mn")}
 
     def joined(hf: str, *parts: tuple[str, tuple[int, ...], str]) -> Weight:
         return Weight(
             f"{name}_{hf}", tuple(Part((*path, leaf), shape, layout, at) for leaf, shape, layout in parts), True
         )
 
-    to_rows = "cm->m,c"
-    yield joined("fn", *((f"phi_{part}_cm", (C, n), to_rows) for part, n in (("pre", M), ("post", M), ("res", M * M))))
-    yield joined("base", ("bias_pre", (M,), "m->m"), ("bias_post", (M,), "m->m"), ("bias_res", (M, M), "mn->mn"))
-    yield joined("scale", ("alpha", (3,), "m->m"))
+    yield joined("fn", *((f"phi_{part}_cm", (C, width[part]), "cm->m,c") for part in maps))
+    yield joined("base", *((f"bias_{part}", *bias[part]) for part in maps))
+    yield joined("scale", ("alpha", (len(maps),), "m->m"))

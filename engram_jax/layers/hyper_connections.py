@@ -9,6 +9,7 @@ fades with depth. Letters: B batch, T position, M stream, D hidden, C = M * D.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,17 @@ def write_streams(x_BTMD: jax.Array, y_BTD: jax.Array, post_BTM: jax.Array, res_
     return (mixed_BTMD + post_BTM[..., None] * y_BTD[:, :, None]).astype(x_BTMD.dtype)
 
 
+def _token_logits(x_BTMD: jax.Array, phis: Sequence[jax.Array], eps: float) -> jax.Array:
+    """RMSNorm of all streams of a token, projected by these matrices side by side: [B, T, their columns]."""
+    B, T, M, D = x_BTMD.shape
+    x_BTC = x_BTMD.astype(jnp.promote_types(x_BTMD.dtype, jnp.float32)).reshape(B, T, M * D)
+    phi_cm = in_use(jnp.concatenate(phis, axis=1), "embed", "streams")
+    act = spec("batch", "seq", "act")
+    logits = jnp.einsum("btc,cm->btm", x_BTC, phi_cm.astype(x_BTC.dtype), precision=FLOAT32, out_sharding=act)
+    # Dividing by the norm after the product is the same function, on M^2 + 2M numbers instead of M * D.
+    return logits * jax.lax.rsqrt(jnp.mean(jnp.square(x_BTC), axis=-1, keepdims=True) + eps)
+
+
 class HyperConnection(nnx.Module):
     """The coefficients of one sub-layer's wrapper. At the start: read the mean stream, add y to every stream, keep each
     stream almost unmixed, so that equal streams behave as one ordinary pre-norm residual stream.
@@ -84,17 +96,35 @@ class HyperConnection(nnx.Module):
 
     def coefficients(self, x_BTMD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The streams -> (pre_BTM in (0, 1), post_BTM in (0, 2), res_BTMM doubly stochastic), float32 or wider."""
-        B, T, M, D = x_BTMD.shape
-        x_BTC = x_BTMD.astype(jnp.promote_types(x_BTMD.dtype, jnp.float32)).reshape(B, T, M * D)
-        phi_cm = jnp.concatenate([self.phi_pre_cm[...], self.phi_post_cm[...], self.phi_res_cm[...]], axis=1)
-        phi_cm = in_use(phi_cm, "embed", "streams")
-        act = spec("batch", "seq", "act")
-        logits = jnp.einsum("btc,cm->btm", x_BTC, phi_cm.astype(x_BTC.dtype), precision=FLOAT32, out_sharding=act)
-        # Dividing by the norm after the product is the same function, on M^2 + 2M numbers instead of M * D.
-        logits *= jax.lax.rsqrt(jnp.mean(jnp.square(x_BTC), axis=-1, keepdims=True) + self.eps)
+        B, T, M, _ = x_BTMD.shape
+        logits = _token_logits(x_BTMD, [self.phi_pre_cm[...], self.phi_post_cm[...], self.phi_res_cm[...]], self.eps)
         pre, post, res = jnp.split(logits, [M, 2 * M], axis=-1)
         alpha = self.alpha[...]
         pre_BTM = jax.nn.sigmoid(alpha[0] * pre + self.bias_pre[...][None, None])
         post_BTM = 2 * jax.nn.sigmoid(alpha[1] * post + self.bias_post[...][None, None])
         res_BTMM = sinkhorn(alpha[2] * res.reshape(B, T, M, M) + self.bias_res[...][None, None], self.sinkhorn_iters)
         return pre_BTM, post_BTM, res_BTMM
+
+
+class StreamPort(nnx.Module):
+    """One state read from the streams and written back, x' = x + H_post^T F(H_pre x): a hyper-connection without H_res,
+    so that a silent F changes nothing. At the start it reads the mean stream and adds y to every stream.
+    """
+
+    def __init__(self, hidden_size: int, hc_mult: int, gate_init: float, eps: float, *, rngs: nnx.Rngs):
+        M, C, std = hc_mult, hc_mult * hidden_size, (hc_mult * hidden_size) ** -0.5
+        phi, vector = spec("embed", "streams"), spec("streams")
+        self.phi_pre_cm = nnx.Param(normal(std)(rngs.params(), (C, M), jnp.float32, out_sharding=phi))
+        self.phi_post_cm = nnx.Param(normal(std)(rngs.params(), (C, M), jnp.float32, out_sharding=phi))
+        self.alpha = nnx.Param(jnp.full((2,), gate_init, jnp.float32))
+        self.bias_pre = nnx.Param(jnp.full((M,), -math.log(M - 1), jnp.float32))
+        self.bias_post = nnx.Param(jnp.zeros((M,), jnp.float32, out_sharding=vector))
+        self.eps = eps
+
+    def coefficients(self, x_BTMD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The streams -> (pre_BTM in (0, 1), post_BTM in (0, 2)), as of a `HyperConnection`."""
+        logits = _token_logits(x_BTMD, [self.phi_pre_cm[...], self.phi_post_cm[...]], self.eps)
+        pre, post = jnp.split(logits, 2, axis=-1)
+        alpha = self.alpha[...]
+        pre_BTM = jax.nn.sigmoid(alpha[0] * pre + self.bias_pre[...][None, None])
+        return pre_BTM, 2 * jax.nn.sigmoid(alpha[1] * post + self.bias_post[...][None, None])

@@ -5,7 +5,8 @@ by a prime of its own, and the heads' tables lie one after the other in one flat
 
     mix_n = (x_t * m_0) xor (x_{t-1} * m_1) xor ... xor (x_{t-n+1} * m_{n-1}),   row = offset_{n,k} + mix_n mod p_{n,k}
 
-Ids lie below V' and multipliers below 2^63 / V', so no product overflows and int64 is exact.
+Ids lie below V' and multipliers below 2^63 / V', so no product overflows and int64 is exact. OverEncoding reads the
+n-gram as a number to base V instead: mix_n = x_t + x_{t-1} V + ... + x_{t-n+1} V^{n-1}, exact as long as V^N < 2^63.
 
 Shapes: T tokens of a row (the last dim), ... any batch shape, N largest order, K heads per order,
 H = (N - 1) K rows per token (order-major, then head), V raw and V' canonical ids.
@@ -14,6 +15,7 @@ H = (N - 1) K rows per token (order-major, then head), V raw and V' canonical id
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from types import ModuleType
@@ -27,6 +29,9 @@ from engram_jax.config import EngramConfig, require
 from engram_jax.memory.compression import TokenMap
 
 INT64_MAX = 2**63 - 1
+INT31_MAX = 2**31 - 1
+"""Bound of the mix without `wide_hash`: MaxText's, whose multipliers are 21,649 at most at V' = 99,187. The mix is all
+that an order's heads share, so n-grams of equal mix share every head (tests/memory/test_hashing.py counts them)."""
 SEED_STEP = 10_007
 """Distance between the seeds of two layers, in both published draws."""
 
@@ -50,26 +55,66 @@ def splitmix64_draw(seed: int, bound: int, count: int) -> list[int]:
     return drawn
 
 
+def odd_multipliers(draw: Callable[[int, int, int], list[int]]) -> Callable[[int, int, int, int], tuple[int, ...]]:
+    """2 r + 1 of drawn numbers, all below `largest_mix` / V'."""
+
+    def multipliers(seed: int, largest_mix: int, vocab_size: int, count: int) -> tuple[int, ...]:
+        return tuple(2 * r + 1 for r in draw(seed, max(1, largest_mix // vocab_size // 2), count))
+
+    return multipliers
+
+
+def powers(seed: int, largest_mix: int, vocab_size: int, count: int) -> tuple[int, ...]:
+    """1, V, V^2, ...: nothing is drawn."""
+    return tuple(vocab_size**i for i in range(count))
+
+
 @dataclass(frozen=True)
 class HashVariant:
-    """What differs between the published hashes. The search for primes and the mix are common to all."""
+    """What differs between the published hashes. The search for primes is common to all.
+
+    OverEncoding (Huang et al. 2025, arXiv 2501.16975) has slices for heads, whose table sizes are distinct numbers near
+    m (m + 2i + 1 for slice i in LongCat's port); here they are primes, as every table's, which share no factor with V.
+    """
 
     compresses_ids: bool
     """Canonical ids are hashed (`TokenMap.from_tokenizer`); otherwise raw ones (`TokenMap.identity`)."""
-    draw: Callable[[int, int, int], list[int]]
-    """(seed, bound, count) -> numbers in [0, bound); the multipliers are the odd numbers 2 r + 1."""
+    multipliers: Callable[[int, int, int, int], tuple[int, ...]]
+    """(seed, largest mix, V', N) -> m_0 ... m_{N-1}."""
     seeds_by_position: bool
     """A layer's seed counts its place in engram_layer_ids, not its block number."""
     resets_at_pad: bool
     """The pad token also ends a window: nothing older than a pad token is seen. The pad is Qwen's EOS, so that whether
     the next token sees the EOS itself or the padding in its place is one and the same."""
+    combine: Callable[[Any, Any], Any] = operator.xor
+    """How a position enters the mix of the newer ones."""
+    pads_with_zero: bool = False
+    """0 stands where a window reaches past its start, whatever engram_pad_token_id is."""
 
 
+DEEPSEEK = HashVariant(
+    compresses_ids=True, multipliers=odd_multipliers(pcg64_draw), seeds_by_position=False, resets_at_pad=False
+)
 VARIANTS: dict[str, HashVariant] = {
-    "paper": HashVariant(compresses_ids=True, draw=pcg64_draw, seeds_by_position=False, resets_at_pad=False),
-    "deepseek_v41": HashVariant(compresses_ids=True, draw=pcg64_draw, seeds_by_position=False, resets_at_pad=False),
-    "qwen_ple": HashVariant(compresses_ids=False, draw=splitmix64_draw, seeds_by_position=True, resets_at_pad=True),
+    "paper": DEEPSEEK,
+    "deepseek_v41": DEEPSEEK,
+    "qwen_ple": HashVariant(
+        compresses_ids=False, multipliers=odd_multipliers(splitmix64_draw), seeds_by_position=True, resets_at_pad=True
+    ),
+    "over_encoding": HashVariant(
+        compresses_ids=False,
+        multipliers=powers,
+        seeds_by_position=False,
+        resets_at_pad=False,
+        combine=operator.add,
+        pads_with_zero=True,
+    ),
 }
+
+
+def compresses_ids(config: EngramConfig) -> bool:
+    """Whether a model hashes canonical ids, and so needs its tokenizer's map (`TokenMap.from_tokenizer`)."""
+    return VARIANTS[config.engram_variant].compresses_ids and "compression" not in config.engram_without
 
 
 # --- constants ---
@@ -101,7 +146,7 @@ class HashConstants:
             require(
                 all(0 < m <= INT64_MAX // self.vocab_size for m in multipliers),
                 f"multipliers={multipliers} of layer {layer_id} overflow 64 bits with {self.vocab_size} ids: "
-                "they were made for a smaller vocabulary.",
+                "they were made for a smaller vocabulary (over_encoding: lower engram_max_ngram_size).",
             )
             require(
                 self.num_rows(layer_id) < 2**31,
@@ -141,13 +186,14 @@ def hash_constants(config: EngramConfig, token_map: TokenMap) -> HashConstants:
     """Derives multipliers and primes as the config's variant publishes them.
 
     Raises:
-      ConfigError: a pad id outside the vocabulary, a compressed map for a variant that hashes raw ids, or too many
+      ConfigError: a pad id outside the vocabulary, a compressed map for a config that hashes raw ids, or too many
         rows for int32 row ids.
     """
     variant = VARIANTS[config.engram_variant]
     require(
-        variant.compresses_ids or token_map == TokenMap.identity(token_map.vocab_size),
-        f"engram_variant={config.engram_variant!r} hashes raw token ids: use TokenMap.identity.",
+        compresses_ids(config) or token_map == TokenMap.identity(token_map.vocab_size),
+        f"engram_variant={config.engram_variant!r} with engram_without={config.engram_without} hashes raw token ids: "
+        "use TokenMap.identity.",
     )
     pad = config.engram_pad_token_id
     require(
@@ -155,17 +201,19 @@ def hash_constants(config: EngramConfig, token_map: TokenMap) -> HashConstants:
         f"engram_pad_token_id={pad} is not one of the tokenizer's {token_map.vocab_size} token ids.",
     )
     require(config.engram_seed >= 0, f"engram_seed={config.engram_seed} must be 0 or positive.")
-    bound = max(1, INT64_MAX // token_map.size // 2)
+    largest_mix = INT31_MAX if "wide_hash" in config.engram_without else INT64_MAX
     keys = range(len(config.engram_layer_ids)) if variant.seeds_by_position else config.engram_layer_ids
-    draws = [variant.draw(config.engram_seed + SEED_STEP * key, bound, config.engram_max_ngram_size) for key in keys]
+    seeds = [config.engram_seed + SEED_STEP * key for key in keys]
     used: set[int] = set()
     return HashConstants(
         variant=config.engram_variant,
         token_map_sha256=token_map.sha256,
         vocab_size=token_map.size,
-        pad_id=int(token_map.canonical_ids[pad]),
+        pad_id=0 if variant.pads_with_zero else int(token_map.canonical_ids[pad]),
         layer_ids=config.engram_layer_ids,
-        multipliers=tuple(tuple(2 * r + 1 for r in draw) for draw in draws),
+        multipliers=tuple(
+            variant.multipliers(seed, largest_mix, token_map.size, config.engram_max_ngram_size) for seed in seeds
+        ),
         primes=tuple(
             tuple(
                 tuple(itertools.islice(unused_primes(base, used), config.engram_n_heads))
@@ -280,8 +328,8 @@ def _row_ids(
     xp: ModuleType, constants: HashConstants, layer_id: int, token_ids: Any, segment_ids: Any, with_offsets: bool
 ) -> Any:
     """The one definition, in NumPy or jax.numpy (`xp`); elementwise along all dims but T."""
-    layer = constants.layer_ids.index(layer_id)
-    reset_id = constants.pad_id if VARIANTS[constants.variant].resets_at_pad else -1  # -1 blocks in any case
+    layer, variant = constants.layer_ids.index(layer_id), VARIANTS[constants.variant]
+    reset_id = constants.pad_id if variant.resets_at_pad else -1  # -1 blocks in any case
     offsets = np.reshape(constants.offsets(layer_id), np.shape(constants.primes[layer]))
     ids = token_ids.astype(xp.int64)
     segments = None if segment_ids is None else segment_ids.astype(xp.int64)
@@ -297,7 +345,7 @@ def _row_ids(
             visible &= older != reset_id
             if segments is not None:
                 visible &= look_back(segments, steps) == segments
-        mix = mix ^ (xp.where(visible, older, constants.pad_id) * multiplier)
+        mix = variant.combine(mix, xp.where(visible, older, constants.pad_id) * multiplier)
         if steps > 0:
             to_heads = (1,) * ids.ndim + (-1,)
             primes = xp.asarray(constants.primes[layer][steps - 1], xp.int64).reshape(to_heads)

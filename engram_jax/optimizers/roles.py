@@ -45,6 +45,7 @@ _MATRICES = {
     "phi_post_cm": "c->m",
     "phi_res_cm": "c->m",
     "key_value_emd": "e->d",
+    "slice_hed": "e->d",
 }
 _EMBEDDINGS = ("embedding_vd", "head_dv")
 _VECTORS = (

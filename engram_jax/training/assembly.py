@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from engram_jax.config import ConfigError, RunConfig, replace, require
 from engram_jax.memory.compression import TokenMap
-from engram_jax.memory.hashing import VARIANTS
+from engram_jax.memory.hashing import compresses_ids
 from engram_jax.memory.placements import PLACEMENTS
 from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryState, MemoryStore
@@ -77,7 +77,7 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, devices: Sequence[Any] | N
     """
     mesh = _mesh(config, devices)
     engram = config.model.engram
-    if engram.enabled and VARIANTS[engram.engram_variant].compresses_ids:
+    if engram.enabled and compresses_ids(engram):
         token_map = TokenMap.from_tokenizer(tokenizer)
     else:
         token_map = TokenMap.identity(config.model.vocab_size)

@@ -5,7 +5,7 @@ lookups and gates are over real positions (segment id not 0); per layer L:
 
     memory/collision_L/order<n>               share of a row's updates that belong to other n-grams, mean of the heads
     memory/collision_L/order<n>_worst_head    the same for the head where it is largest
-    memory/gate_L/stream<m>_mean, _std        how far the gates of residual stream m open
+    memory/gate_L/stream<m>_mean, _std        how far the gates of residual stream m open, if the reader has any
     memory/gate_L/seen_<bucket>_mean, _std    the same over all streams, by how often the n-gram was seen before
     memory/staleness_L/mean, /max             steps since a row that is read was last updated
     memory/hit_rate_L                         distinct rows that lie in the fast tier
@@ -56,7 +56,9 @@ def make_sight(parts: Parts) -> Callable[..., Metrics]:
         held = held or store.load(state.memory, plan)
         real_BT = batch["segment_ids"] != 0
         uses = routing.send_rows({layer: held[layer].uses[:, None] for layer in plan}, plan, store.transport)
-        gates = _gates(parts, state, batch, store.rows(held, plan, state.step))
+        gates = {}
+        if store.config.has_gates:
+            gates = _gates(parts, state, batch, store.rows(held, plan, state.step))
         metrics = {}
         for layer in plan:
             uses_BTOK = uses[layer][..., 0].reshape(*real_BT.shape, -1, store.config.engram_n_heads)
@@ -64,7 +66,9 @@ def make_sight(parts: Parts) -> Callable[..., Metrics]:
                 uses_BTOK = jax.reshard(uses_BTOK, sharding)
             numbers = {f"collision_{layer}/{name}": x for name, x in collisions(uses_BTOK, real_BT).items()}
             seen_BT = jnp.min(uses_BTOK[:, :, -1], axis=-1)
-            numbers |= {f"gate_{layer}/{name}": x for name, x in gate_spread(gates[layer], seen_BT, real_BT).items()}
+            if layer in gates:
+                spread = gate_spread(gates[layer], seen_BT, real_BT)
+                numbers |= {f"gate_{layer}/{name}": x for name, x in spread.items()}
             if "last_step" in held[layer].slots:
                 numbers |= {f"staleness_{layer}/{name}": x for name, x in staleness(held[layer], state.step).items()}
             metrics |= {f"memory/{name}": x for name, x in numbers.items()}

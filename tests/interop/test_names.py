@@ -33,6 +33,13 @@ MODELS = {
     "memory with biases, no convolution": replace(
         PLAIN, hc_mult=2, engram=replace(MEMORY, engram_bias=True, engram_kernel_size=0)
     ),
+    "memory without gates": replace(PLAIN, hc_mult=2, engram=replace(MEMORY, engram_without=("gate",))),
+    "over-encoding": replace(
+        PLAIN,
+        hc_mult=2,
+        engram=replace(MEMORY, engram_variant="over_encoding", engram_layer_ids=(0,), engram_kernel_size=0),
+    ),
+    "memory of one branch": replace(PLAIN, hc_mult=2, engram=replace(MEMORY, engram_without=("multi_branch",))),
 }
 
 

@@ -9,19 +9,22 @@ import pytest
 from flax import nnx
 
 from engram_jax.config import EngramConfig, ModelConfig
-from engram_jax.layers.engram import EngramReader, copysign_sqrt, gate_scores, gated_short_conv, shift, signed_sqrt
-from engram_jax.sharding import spec
+from engram_jax.layers.engram import copysign_sqrt, gate_scores, signed_sqrt
+from engram_jax.layers.engram_readers import reader_class
+from engram_jax.layers.short_conv import gated_short_conv, shift
+from engram_jax.sharding import make_mesh, spec
 
 pytestmark = pytest.mark.newest
 
 REFERENCE = Path(__file__).parents[1] / "data" / "engram_layer_reference.npz"
+MOST_CUT = {"data": 1, "fsdp": 2, "context": 2, "tensor": 2}
 PRIMES = [997, 1009, 1013, 1019, 1499, 1511, 1523, 1531]  # of the reference's eight heads
 
 
 def make_reader(hidden_size=32, streams=4, eps=1e-6, **engram):
     engram = {"engram_layer_ids": (0,), "engram_n_heads": 4, "engram_head_dim": 8, "engram_vocab_size": 100} | engram
     config = ModelConfig(hidden_size=hidden_size, hc_mult=streams, rms_norm_eps=eps, engram=EngramConfig(**engram))
-    return EngramReader(config, rngs=nnx.Rngs(0))
+    return reader_class(config.engram)(config, rngs=nnx.Rngs(0))
 
 
 def reference_params(data, prefix):
@@ -139,6 +142,83 @@ def test_equals_its_equations_forward_and_gradient(streams, kernel, bias, varian
         jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-7, atol=1e-9), grads_a, grads_b)
 
 
+def random_params(reader, rng):
+    graphdef, params = nnx.split(reader)
+    return graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), nnx.to_pure_dict(params))
+
+
+def assert_equal_forward_and_gradient(ours, theirs, *arrays):
+    """Sums weighted at random, so that every output counts."""
+    rng = np.random.default_rng()
+    weight = jnp.asarray(rng.normal(size=arrays[1].shape))
+    every = tuple(range(len(arrays)))
+    a, grads_a = jax.jit(jax.value_and_grad(lambda *args: jnp.sum(weight * ours(*args)), argnums=every))(*arrays)
+    with jax.numpy_rank_promotion("allow"):
+        b, grads_b = jax.jit(jax.value_and_grad(lambda *args: jnp.sum(weight * theirs(*args)), argnums=every))(*arrays)
+    np.testing.assert_allclose(a, b, rtol=1e-10)
+    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-7, atol=1e-9), grads_a, grads_b)
+
+
+def test_without_gate_it_is_the_value_and_its_convolution():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng()
+        graphdef, params = random_params(make_reader(6, 2, engram_kernel_size=2, engram_without=("gate",)), rng)
+        assert {name: p.shape for name, p in params.items()} == {
+            "key_value_emd": (64, 1, 6),
+            "conv_norm": (2, 6),
+            "conv_kmd": (2, 2, 6),
+        }
+        x, rows = jnp.asarray(rng.normal(size=(2, 5, 2, 6))), jnp.asarray(rng.normal(size=(2, 5, 8, 8)))
+
+        def open_gates(params, x, rows):
+            """The equations with keys that nothing depends on."""
+            projections = jnp.pad(params["key_value_emd"], ((0, 0), (2, 0), (0, 0)))
+            keys = {"key_value_emd": projections, "query_norm": jnp.ones((2, 6)), "key_norm": jnp.ones((2, 6))}
+            return equations(x, rows, params | keys, 2, False, 3, 1e-6, 1e-20, gate=lambda s: jnp.full_like(s, jnp.inf))
+
+        assert_equal_forward_and_gradient(
+            lambda params, x, rows: nnx.merge(graphdef, params)(x, rows), open_gates, params, x, rows
+        )
+
+
+def one_branch(params, x, rows):
+    """H_post^T Engram(H_pre x) with both maps written out, and the equations for one stream."""
+    port = params["port"]
+    streams = x.reshape(*x.shape[:2], -1)
+    normed = streams / jnp.sqrt(jnp.mean(streams**2, -1, keepdims=True) + 1e-6)
+    pre = jax.nn.sigmoid(port["alpha"][0] * (normed @ port["phi_pre_cm"]) + port["bias_pre"])
+    post = 2 * jax.nn.sigmoid(port["alpha"][1] * (normed @ port["phi_post_cm"]) + port["bias_post"])
+    state = sum(pre[:, :, m, None] * x[:, :, m] for m in range(x.shape[2]))
+    y = equations(state[:, :, None], rows, params, 2, False, 3, 1e-6, 1e-20)[:, :, 0]
+    return jnp.stack([post[:, :, m, None] * y for m in range(x.shape[2])], axis=2)
+
+
+def test_without_multi_branch_one_state_is_read_and_written_back():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng()
+        graphdef, params = random_params(make_reader(6, 3, engram_kernel_size=2, engram_without=("multi_branch",)), rng)
+        assert params["key_value_emd"].shape == (64, 2, 6) and params["conv_kmd"].shape == (2, 1, 6)
+        x, rows = jnp.asarray(rng.normal(size=(2, 5, 3, 6))), jnp.asarray(rng.normal(size=(2, 5, 8, 8)))
+
+        def ours(params, x, rows):
+            return nnx.merge(graphdef, params)(x, rows)
+
+        assert_equal_forward_and_gradient(ours, one_branch, params, x, rows)
+        assert not np.any(ours(params, x, jnp.zeros_like(rows)))
+
+
+def test_one_branch_starts_with_the_mean_stream_and_every_stream_alike(key):
+    reader = make_reader(engram_without=("multi_branch",))
+    x, rows = jax.random.normal(key, (1, 5, 4, 32)), jax.random.normal(key, (1, 5, 8, 8))
+    reader.port.alpha[...] = jnp.zeros(2)  # the part that depends on the token is 1 % of it
+    update, gate = reader.read(x, rows)
+    plain = make_reader(streams=1)
+    plain.key_value_emd[...] = reader.key_value_emd[...]
+    expected, expected_gate = plain.read(jnp.mean(x, 2, keepdims=True), rows)
+    np.testing.assert_allclose(gate, expected_gate, rtol=1e-5)
+    np.testing.assert_allclose(update, jnp.repeat(expected, 4, axis=2), rtol=1e-5, atol=1e-7)
+
+
 def test_starts_as_the_gated_value_and_zero_rows_add_exactly_nothing(key):
     reader = make_reader()
     x, rows = jax.random.normal(key, (2, 9, 4, 32)), jax.random.normal(key, (2, 9, 8, 8))
@@ -201,13 +281,26 @@ def test_one_token_sequence():
 @pytest.mark.parametrize("cross_documents", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_mesh_gives_the_single_device_output_and_gradients(mesh, cross_documents):
     """Where the sequence is cut, the convolution's taps reach into the piece to the left, and their gradients back."""
+    assert_meshed_is_single(mesh, engram_cross_documents=cross_documents)
+
+
+def test_a_mesh_gives_the_single_device_output_of_one_branch():
+    assert_meshed_is_single(make_mesh(**MOST_CUT), engram_without=("multi_branch",))
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_single_device_output_without_gate():
+    assert_meshed_is_single(make_mesh(**MOST_CUT), engram_without=("gate",))
+
+
+def assert_meshed_is_single(mesh, **engram):
     rng = np.random.default_rng()
     x, rows = rng.normal(size=(8, 24, 4, 32)), rng.normal(size=(8, 24, 8, 8))
     segments = np.sort(rng.integers(1, 4, (8, 24)), axis=1).astype(np.int32)
 
     def make_it():
-        reader = make_reader(engram_cross_documents=cross_documents)
-        reader.conv_kmd[...] = reader.conv_kmd[...] + jnp.asarray(taps, jnp.float32)
+        reader = make_reader(**engram)
+        reader.conv_kmd[...] = reader.conv_kmd[...] + jnp.asarray(taps[:, : reader.conv_kmd.shape[1]], jnp.float32)
         return jax.tree.map(lambda weight: weight.astype(jnp.float64), reader)
 
     taps = rng.normal(size=(4, 4, 32))

@@ -43,10 +43,13 @@ def config_of(case: dict) -> EngramConfig:
 
 
 def small_constants(variant: str) -> HashConstants:
-    """Few ids and rows, so that random tokens meet pads, repeats and every head; layer 3 is the second of two."""
+    """Few ids and rows, so that random tokens meet pads, repeats and every head; the last layer is the second of two
+    (over_encoding has one)."""
+    over_encoding = variant == "over_encoding"
     config = EngramConfig(
         engram_variant=variant,  # type: ignore[arg-type]
-        engram_layer_ids=(1, 3),
+        engram_layer_ids=(0,) if over_encoding else (1, 3),
+        engram_kernel_size=0 if over_encoding else 4,
         engram_max_ngram_size=4,
         engram_n_heads=3,
         engram_vocab_size=(50, 7, 1000),
@@ -71,7 +74,7 @@ def reference_row_ids(constants: HashConstants, layer_id: int, ids, segments, re
         for order, primes in enumerate(constants.primes[layer], start=2):
             mix = 0
             for token, multiplier in zip(window[:order], constants.multipliers[layer], strict=False):
-                mix ^= token * multiplier
+                mix = mix + token * multiplier if constants.variant == "over_encoding" else mix ^ token * multiplier
             for prime in primes:
                 heads.append(offset + mix % prime)
                 offset += prime
@@ -365,10 +368,11 @@ def test_packed_documents_hash_as_they_do_alone(variant):
     ids = rng.integers(6, 20, T).astype(np.int32)  # no pad among them: only the segments may stop a window
     starts = [0, 1, 3, 10, T]
     segments = np.repeat(np.arange(4), np.diff(starts)).astype(np.int32)
-    alone = [ngram_row_ids_numpy(constants, 1, ids[a:b]) for a, b in pairwise(starts)]
-    packed = np.asarray(jitted(constants, 1, ids, segments))
+    layer = constants.layer_ids[0]
+    alone = [ngram_row_ids_numpy(constants, layer, ids[a:b]) for a, b in pairwise(starts)]
+    packed = np.asarray(jitted(constants, layer, ids, segments))
     assert np.array_equal(packed, np.concatenate(alone))
-    across = np.asarray(jitted(constants, 1, ids))
+    across = np.asarray(jitted(constants, layer, ids))
     changed = np.flatnonzero((packed != across).any(axis=-1))
     assert changed.tolist() == [1, 2, 3, 4, 5, 10, 11, 12]  # the first N - 1 = 3 positions of every later document
 
@@ -390,11 +394,12 @@ def test_only_qwen_windows_stop_at_eos():
     ids[10] = 5  # the pad of small_constants: EOS for qwen_ple
     for variant in hashing.VARIANTS:
         constants = small_constants(variant)
-        rows = np.asarray(jitted(constants, 1, ids))
-        after_eos = ngram_row_ids_numpy(constants, 1, ids[11:])
+        layer = constants.layer_ids[0]
+        rows = np.asarray(jitted(constants, layer, ids))
+        after_eos = ngram_row_ids_numpy(constants, layer, ids[11:])
         assert np.array_equal(rows[11:], after_eos) == (variant == "qwen_ple")
         # The EOS itself still sees the document that it ends.
-        assert not np.array_equal(rows[10], ngram_row_ids_numpy(constants, 1, ids[10:])[0])
+        assert not np.array_equal(rows[10], ngram_row_ids_numpy(constants, layer, ids[10:])[0])
 
 
 # --- constants as data ---
@@ -438,8 +443,53 @@ def test_saved_constants_of_another_form_are_an_error():
         ({"engram_vocab_size": 2**27}, TokenMap.identity(20), r"engram_vocab_size .* 2,14\d,\d{3},\d{3} rows"),
         ({"engram_seed": -1}, TokenMap.identity(20), r"engram_seed=-1"),
         ({"engram_variant": "qwen_ple"}, TokenMap(np.array([0, 0, 1])), r"engram_variant='qwen_ple'.*identity"),
+        ({"engram_without": ("compression",)}, TokenMap(np.array([0, 0, 1])), r"without=\('compression',\).*identity"),
     ],
 )
 def test_configs_that_cannot_work(change, token_map, message):
     with pytest.raises(ConfigError, match=message):
         hash_constants(replace(EngramConfig(engram_layer_ids=(1,)), **change), token_map)
+
+
+# --- parts left out ---
+
+
+def test_without_compression_raw_ids_are_hashed():
+    """The constants are those of a tokenizer that compresses nothing."""
+    config = EngramConfig(engram_layer_ids=(1,), engram_vocab_size=50)
+    without = replace(config, engram_without=("compression",))
+    assert hashing.compresses_ids(config) and not hashing.compresses_ids(without)
+    raw = TokenMap.identity(20)
+    assert hash_constants(without, raw) == hash_constants(config, raw)
+
+
+def mixes(constants: HashConstants, bigrams: np.ndarray) -> np.ndarray:
+    newest, older = bigrams.T
+    first, second = constants.multipliers[0][:2]
+    return newest.astype(np.int64) * first ^ older.astype(np.int64) * second
+
+
+def test_without_the_wide_hash_different_bigrams_share_every_head():
+    """MaxText's numbers (multipliers of 1..21,649 at V' = 99,187), and what they do to 200,000 bigrams of frequent ids:
+    more than 1 in 100 has the mix, and so all rows, of another. 63 bits keep them all apart."""
+    config = EngramConfig(engram_layer_ids=(1,), engram_vocab_size=20_011, engram_max_ngram_size=2)
+    ids = TokenMap.identity(99_187)
+    wide, narrow = (hash_constants(replace(config, engram_without=w), ids) for w in ((), ("wide_hash",)))
+    assert narrow.primes == wide.primes
+    assert all(0 < m <= 21_649 and m % 2 == 1 for m in narrow.multipliers[0])
+    draw = np.random.default_rng(10_007).integers(0, 10_825, size=2)
+    assert narrow.multipliers[0] == tuple(2 * draw + 1)
+
+    flat = np.random.default_rng().choice(500 * 500, 200_000, replace=False)
+    bigrams = np.stack([flat // 500, flat % 500], axis=1)
+    assert mixes(narrow, bigrams).max() < 2**31
+    assert len(np.unique(mixes(wide, bigrams))) == len(bigrams)
+    _, place, count = np.unique(mixes(narrow, bigrams), return_inverse=True, return_counts=True)
+    assert np.mean(count[place] > 1) > 0.01
+
+    # Two of one mix, as tokens of a text: one row in every head there, and different ones under the wide hash.
+    alike = bigrams[place == np.argmax(count)][:2]
+    texts = alike[:, ::-1]  # the older token comes first
+    rows_narrow, rows_wide = (ngram_row_ids_numpy(c, 1, texts)[:, 1] for c in (narrow, wide))
+    np.testing.assert_array_equal(rows_narrow[0], rows_narrow[1])
+    assert np.any(rows_wide[0] != rows_wide[1])

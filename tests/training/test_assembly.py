@@ -43,6 +43,12 @@ def test_the_resolved_config_leaves_nothing_to_find_out(config, tokenizer):
     assert assemble(parts.config, tokenizer).config == parts.config
 
 
+def test_without_compression_the_raw_vocabulary_is_hashed(config, tokenizer):
+    parts = assemble(replace(config, model__engram__engram_without=("compression",)), tokenizer)
+    assert parts.config.model.engram.engram_compressed_vocab_size == 300 == parts.store.constants.vocab_size
+    assert assemble(config, tokenizer).store.constants.vocab_size < 300
+
+
 def test_without_memory_there_is_no_table(config, tokenizer):
     parts = assemble(replace(config, model__engram=EngramConfig()), tokenizer)
     with jax.set_mesh(parts.mesh):

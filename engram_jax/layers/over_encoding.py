@@ -1,0 +1,46 @@
+"""OverEncoding: n-gram embeddings averaged with the vocabulary's, at the model's input (Huang et al. 2025, arXiv
+2501.16975), which the paper compares Engram with (section 3.2). Another reader of the same store.
+
+    x = (E[t] + sum_i W_i row_i) / (1 + K (N - 1)),    i over the K slices of each order 2..N
+
+Slices are Engram's heads: a slice's row is narrow, and a projection of its own widens it. There is no gate and no
+convolution. `Model.embed` takes the vocabulary's share of the average, this reader adds the rest.
+
+Legend: B batch, T seq, H = K (N - 1) slices, d row width, D hidden size, M residual streams.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from engram_jax.config import ModelConfig
+from engram_jax.sharding import in_use, spec
+
+
+class OverEncoding(nnx.Module):
+    """`y = reader(x_BTMD, rows_BTHd)`, to be added to the streams before the first block. Zero rows add nothing.
+
+    The publication's initial scale is not known to us. Here W starts at d^-1/2, so that a projected row has the spread
+    of the vocabulary's embeddings, whose equal it is in the average.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        engram = config.engram
+        H, d, D = engram.num_rows_per_token, engram.engram_head_dim, config.hidden_size
+        self.share = engram.vocab_share
+        normal = jax.nn.initializers.normal(d**-0.5)
+        self.slice_hed = nnx.Param(
+            normal(rngs.params(), (H, d, D), jnp.float32, out_sharding=spec(None, "memory", "embed"))
+        )
+
+    def __call__(self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
+        """The same for every stream, [B, T, M, D] in `x.dtype`. Documents are kept apart by the rows' hash alone."""
+        total_BTD = jnp.einsum(
+            "bthe,hed->btd",
+            rows_BTHd.astype(x_BTMD.dtype),
+            in_use(self.slice_hed[...], None, "memory", "embed", dtype=x_BTMD.dtype),
+            out_sharding=spec("batch", "seq", "act"),
+        )
+        return jnp.broadcast_to((self.share * total_BTD)[:, :, None], x_BTMD.shape)
