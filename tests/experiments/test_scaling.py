@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 
@@ -146,3 +147,29 @@ def test_sizes_grow_with_the_budget():
 def test_what_cannot_be_is_said(call, message):
     with pytest.raises(ConfigError, match=re.compile(message)):
         call()
+
+
+@pytest.mark.parametrize("budget", RUNGS)
+def test_the_documented_ladder_is_this_one(ladder, budget):
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
+    for kind, run in ladder[budget].items():
+        row = next(line for line in page.splitlines() if f"| `{kind}_{spelt(budget)}` |" in line)
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        active, total, tokens = count(run)
+        model, moe = run.model, run.model.moe
+        assert [number(cells[i]) for i in (2, 3, 7)] == pytest.approx([active, total, tokens], rel=5e-3)
+        assert number(cells[5]) == pytest.approx(parameters(model).memory, rel=5e-3)
+        width = f"{moe.n_routed_experts} x {moe.moe_intermediate_size}" if moe.enabled else f"{model.intermediate_size}"
+        assert cells[8:12] == [
+            f"{model.num_hidden_layers} x {model.hidden_size}",
+            width,
+            f"{run.data.batch_size} x {run.data.seq_len}",
+            f"{run.train.steps:,}",
+        ]
+        assert float(cells[12]) == run.optimizer.learning_rate
+
+
+def number(text):
+    """The number that `5.69 B` is; a dash is none."""
+    digits, _, unit = text.partition(" ")
+    return 0.0 if digits == "-" else float(digits.replace(",", "")) * {"": 1, "M": 1e6, "B": 1e9}[unit]
