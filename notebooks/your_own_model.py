@@ -311,3 +311,18 @@ print(f"Held out, memory against none: {stored_points[-1, 1] - plain_points[-1, 
 print(f"Store against table: the training losses differ by {np.abs(stored - dense).max():.1e} at most.")
 used = int(memory.rows_used[key])
 print(f"{used:,} of {constants.num_rows(layer):,} rows were ever read in training.")
+
+# %% [markdown]
+# ## And in your model?
+#
+# * *What to copy:* the lines marked `# ENGRAM`. The reader wants the hidden state `[batch, seq, streams, width]` and the
+#   rows `[batch, seq, heads, head_dim]`; the store wants the token ids, also of packed documents (`segment_ids`).
+# * *With a tokenizer:* `TokenMap.from_tokenizer(tokenizer)` instead of `TokenMap.identity`, so that `Name` and ` name`
+#   share their rows.
+# * *On several devices:* `MemoryStore.create(..., shards=mesh.size)` under `jax.set_mesh(mesh)` cuts the rows over all of
+#   them. Four devices that are none, for a try: `XLA_FLAGS=--xla_force_host_platform_device_count=4`.
+# * *What needs a TPU:* nothing here. TPU pods are for what one machine cannot hold. A table that does not even fit
+#   into the memory of all chips lies in that of their hosts (`placement`), and only a batch's rows cross.
+#
+# [docs/memory.md](../docs/memory.md) says where a row lives, how it is addressed and who updates it;
+# [inside a memory](inside_a_memory.ipynb) opens a trained table.

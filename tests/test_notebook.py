@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = ("quickstart", "your_own_model")
+NOTEBOOKS = ("quickstart", "your_own_model", "inside_a_memory", "allocation_law")
 STREAMS = ("stdout", "stderr")
 
 
@@ -66,6 +66,10 @@ def pictures(code):
     return [cell.source for cell in code if any("image/png" in out.get("data", {}) for out in cell.outputs)]
 
 
+def shown(code, kind):
+    return [out.data[kind] for cell in code for out in cell.outputs if kind in out.get("data", {})]
+
+
 @pytest.mark.slow
 def test_quickstart_runs(tmp_path):
     cache = str(tmp_path / "cache")
@@ -91,6 +95,34 @@ def test_your_own_model_runs(tmp_path):
     assert held_out["store"] != held_out["without memory"]
     used, rows = (int(x.replace(",", "")) for x in re.search(r"(\S+) of (\S+) rows were ever read", text).groups())
     assert 0 < used < rows
+
+
+@pytest.mark.slow
+def test_inside_a_memory_runs(tmp_path):
+    cache = str(tmp_path / "cache")
+    code = run("inside_a_memory", tmp_path, ENGRAM_NB_STEPS="6", ENGRAM_NB_DOCUMENTS="80", ENGRAM_CACHE=cache)
+    collisions, gates, bars, matrix = pictures(code)
+    assert "semilogx" in collisions and "plot_gates" in gates and "ax.bar" in bars and "imshow" in matrix
+    text = printed(code)
+    shares = [float(share) for share in re.findall(r"(\S+)% share their row", text)]
+    assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=0.3)
+    assert "0.0% share all 4 rows" in text
+    before, after = (float(x) for x in re.search(r"Most changed: .+, from (\S+) to (\S+) nats", text).groups())
+    assert before < after
+    of_rows, of_owners, of_neighbours = shown(code, "text/html")
+    assert "·for" in of_rows and "raise·ValueError" in of_owners and "all four heads" in of_neighbours
+
+
+@pytest.mark.slow
+def test_allocation_law_runs(tmp_path):
+    cache = str(tmp_path / "cache")
+    sizes = {"ENGRAM_NB_STEPS": "2", "ENGRAM_NB_SEEDS": "2", "ENGRAM_NB_SHARES": "40 100", "ENGRAM_NB_DOCUMENTS": "80"}
+    code = run("allocation_law", tmp_path, ENGRAM_CACHE=cache, **sizes)
+    (curve,) = pictures(code)
+    assert "study.png" in curve
+    assert len(re.findall(r"held-out loss \d", printed(code))) == 4
+    budget, verdict, losses = shown(code, "text/markdown")
+    assert "FLOPs per token" in budget and verdict.startswith("### Verdict") and "| rho100 |" in losses
 
 
 def test_the_code_of_the_memorys_doc_runs():
