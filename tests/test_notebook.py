@@ -107,8 +107,8 @@ def test_inside_a_memory_runs(tmp_path):
     shares = [float(share) for share in re.findall(r"(\S+)% share their row", text)]
     assert len(shares) == 5 and sum(shares) == pytest.approx(100, abs=0.3)
     assert "0.0% share all 4 rows" in text
-    before, after = (float(x) for x in re.search(r"Most changed: .+, from (\S+) to (\S+) nats", text).groups())
-    assert before < after
+    ((before, after),) = re.findall(r"Most changed: .+, from (\S+) to (\S+) nats", text)
+    assert float(before) < float(after)
     of_rows, of_owners, of_neighbours = shown(code, "text/html")
     assert "·for" in of_rows and "raise·ValueError" in of_owners and "all four heads" in of_neighbours
 
