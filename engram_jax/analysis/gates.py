@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from engram_jax.config import require
 from engram_jax.data.tokenizer import Tokenizer
@@ -22,6 +24,7 @@ from engram_jax.sharding import spec
 from engram_jax.training.assembly import Parts
 from engram_jax.training.state import TrainState
 
+COLOR_MAP = "cividis"  # read alike with and without colour vision, and dark to light
 LENGTH_MULTIPLE = 64  # texts of similar length share a compilation
 
 
@@ -79,18 +82,12 @@ def one_document(parts: Parts, buffer_T: jax.Array, length: jax.Array) -> tuple[
 
 def plot_gates(tokens: Sequence[str], gates: Mapping[str, np.ndarray]) -> Figure:
     """A heat map with the tokens along x and a row for each stream of each layer; save it with `figure.savefig`."""
-    rows_RT = np.concatenate([gate_TM.T for gate_TM in gates.values()])
-    labels = [f"layer {layer}, stream {m}" for layer, gate_TM in gates.items() for m in range(gate_TM.shape[1])]
-    figure = Figure(figsize=(2.5 + 0.32 * len(tokens), 1.6 + 0.3 * len(labels)), dpi=150, layout="constrained")
+    streams = sum(gate_TM.shape[1] for gate_TM in gates.values())
+    figure = Figure(figsize=(2.5 + 0.32 * len(tokens), 1.6 + 0.3 * streams), dpi=150, layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(rows_RT, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    # Code is full of $, which would start a formula.
-    axes.set_xticks(range(len(tokens)), [_readable(t) for t in tokens], rotation=60, ha="right", parse_math=False)
-    axes.set_yticks(range(len(labels)), labels)
-    offset = 0
-    for gate_TM in list(gates.values())[:-1]:
-        offset += gate_TM.shape[1]
-        axes.axhline(offset - 0.5, color="white", linewidth=2)
+    image = draw_gates(axes, tokens, gates)
+    rows_RT = image.get_array()
+    assert rows_RT is not None
     axes.set_title(
         f"How far the gates open: mean {rows_RT.mean():.2f}, from {rows_RT.min():.2f} to {rows_RT.max():.2f}"
     )
@@ -98,6 +95,21 @@ def plot_gates(tokens: Sequence[str], gates: Mapping[str, np.ndarray]) -> Figure
     return figure
 
 
-def _readable(token: str) -> str:
+def draw_gates(axes: Axes, tokens: Sequence[str], gates: Mapping[str, np.ndarray]) -> AxesImage:
+    """The heat map itself; colours from 0 to 1 in every one, so that they can be compared."""
+    rows_RT = np.concatenate([gate_TM.T for gate_TM in gates.values()])
+    labels = [f"layer {layer}, stream {m}" for layer, gate_TM in gates.items() for m in range(gate_TM.shape[1])]
+    image = axes.imshow(rows_RT, cmap=COLOR_MAP, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    # Code is full of $, which would start a formula.
+    axes.set_xticks(range(len(tokens)), [readable(t) for t in tokens], rotation=60, ha="right", parse_math=False)
+    axes.set_yticks(range(len(labels)), labels)
+    offset = 0
+    for gate_TM in list(gates.values())[:-1]:
+        offset += gate_TM.shape[1]
+        axes.axhline(offset - 0.5, color="white", linewidth=2)
+    return image
+
+
+def readable(token: str) -> str:
     """The token with its white space shown."""
     return token.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t")

@@ -32,6 +32,13 @@ class NgramCounts:
         keys, counts = np.unique(_ngram_keys(np.asarray(tokens[:MAX_TOKENS]), order), return_counts=True)
         return cls(order, keys, counts)
 
+    @classmethod
+    def of_windows(cls, tokens_WT: np.ndarray, order: int) -> NgramCounts:
+        """Counts in windows of text, none reaching from one into the next."""
+        keys = _ngram_keys(np.asarray(tokens_WT), order)[:, order - 1 :]
+        keys, counts = np.unique(keys, return_counts=True)
+        return cls(order, keys, counts)
+
     def lookup(self, tokens_BT: np.ndarray) -> np.ndarray:
         """Occurrences of the n-gram that ends at each position: [B, T]; shorter ones at the start count as unseen."""
         keys_BT = _ngram_keys(tokens_BT, self.order)

@@ -1,0 +1,158 @@
+"""Means of numbers of tokens by groups of tokens, with what is needed for their standard errors.
+
+Legend: N tokens, C clusters (documents), G groups, S seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from engram_jax.evaluation.statistics import ratio
+
+PARTS = 25
+"""Of the documents, for the standard error of a rank correlation."""
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """One way to sort tokens."""
+
+    name: str
+    labels: tuple[str, ...]
+    group_N: np.ndarray
+    """int: index into labels; negative: in none of them."""
+
+    def of(self, label: str) -> np.ndarray:
+        """bool [N]: the tokens of a group."""
+        return self.group_N == self.labels.index(label)
+
+
+@dataclass(frozen=True)
+class OverSeeds:
+    """A number measured in several trained runs on the same text."""
+
+    values: tuple[float, ...]
+    """One per seed."""
+    stderr: float | None = None
+    """Of the mean over seeds, by the choice of documents; None with fewer than two documents."""
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.values))
+
+    @property
+    def std(self) -> float | None:
+        """Over seeds; None for one."""
+        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
+
+    def interval(self, level: float = 0.95) -> tuple[float, float] | None:
+        """Student's interval of the mean over seeds; None for one seed."""
+        if self.std is None:
+            return None
+        half = float(stats.t.ppf(0.5 + level / 2, len(self.values) - 1)) * self.std / math.sqrt(len(self.values))
+        return self.mean - half, self.mean + half
+
+    def differs_from(self, number: float = 0.0) -> bool:
+        """Whether neither the choice of documents nor (with more than one) the seeds' spread explains it, at 95 %."""
+        by_documents = self.stderr is None or abs(self.mean - number) > 1.96 * self.stderr
+        low, high = self.interval() or (math.inf, math.inf)
+        by_seeds = len(self.values) == 1 or not low <= number <= high
+        return not math.isnan(self.mean) and by_documents and by_seeds
+
+    def text(self, form: str = "+.3f") -> str:
+        """`+0.479 ± 0.096 (seeds 0.031)`: standard error by documents, standard deviation over seeds."""
+        if math.isnan(self.mean):
+            return "-"
+        plain = form.lstrip("+")
+        error = "" if self.stderr is None else f" ± {self.stderr:{plain}}"
+        return f"{self.mean:{form}}{error}" + ("" if self.std is None else f" (seeds {self.std:{plain}})")
+
+
+def tabulate(
+    value_N: np.ndarray, group_N: np.ndarray, cluster_N: np.ndarray, num_groups: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the values and numbers of tokens: float64 [C, G] both. NaN values are left out of both."""
+    clusters, cluster_N = np.unique(cluster_N, return_inverse=True)
+    counted_N = (group_N >= 0) & ~np.isnan(value_N)
+    cell_N = (cluster_N * num_groups + group_N)[counted_N]
+    shape = (len(clusters), num_groups)
+    sums = np.bincount(cell_N, value_N[counted_N].astype(np.float64), shape[0] * shape[1]).reshape(shape)
+    return sums, np.bincount(cell_N, minlength=shape[0] * shape[1]).reshape(shape).astype(np.float64)
+
+
+def means(values_SN: Sequence[np.ndarray], grouping: Grouping, cluster_N: np.ndarray) -> dict[str, OverSeeds]:
+    """By group, the mean over its tokens of each seed's values. Groups without tokens are left out."""
+    tables = [tabulate(value_N, grouping.group_N, cluster_N, len(grouping.labels)) for value_N in values_SN]
+    return _ratios(tables, grouping.labels)
+
+
+def quotients(
+    over_SN: Sequence[np.ndarray], under_SN: Sequence[np.ndarray], grouping: Grouping, cluster_N: np.ndarray
+) -> dict[str, OverSeeds]:
+    """By group, the sum of one number over its tokens divided by that of another. Groups where it is 0 are left out."""
+    count = len(grouping.labels)
+    over, under = (
+        [tabulate(value_N, grouping.group_N, cluster_N, count)[0] for value_N in values]
+        for values in (over_SN, under_SN)
+    )
+    return _ratios(list(zip(over, under, strict=True)), grouping.labels)
+
+
+def _ratios(tables: Sequence[tuple[np.ndarray, np.ndarray]], labels: Sequence[str]) -> dict[str, OverSeeds]:
+    sums, sizes = np.mean([sums for sums, _ in tables], axis=0), np.mean([sizes for _, sizes in tables], axis=0)
+    found = {}
+    for g, label in enumerate(labels):
+        if all(size[:, g].sum() > 0 for _, size in tables):
+            values = tuple(float(one[:, g].sum() / size[:, g].sum()) for one, size in tables)
+            found[label] = OverSeeds(values, ratio(sums[:, g], sizes[:, g]).stderr)
+    return found
+
+
+def joined(by_seed: Sequence[dict[str, OverSeeds]]) -> dict[str, OverSeeds]:
+    """One-seed results whose seeds have texts of their own. Groups that one of them lacks are left out.
+
+    The texts may share documents, so the standard errors are averaged (as squares), not made smaller.
+    """
+    found = {}
+    for label in by_seed[0]:
+        if all(label in one for one in by_seed):
+            errors = [one[label].stderr for one in by_seed]
+            known = [error for error in errors if error is not None]
+            stderr = math.sqrt(np.mean(np.square(known))) if len(known) == len(errors) else None
+            found[label] = OverSeeds(tuple(value for one in by_seed for value in one[label].values), stderr)
+    return found
+
+
+def minus(ours: OverSeeds, theirs: OverSeeds) -> OverSeeds:
+    """Seed by seed, on texts that have nothing to do with each other."""
+    values = tuple(a - b for a, b in zip(ours.values, theirs.values, strict=True))
+    known = ours.stderr is not None and theirs.stderr is not None
+    return OverSeeds(values, math.hypot(ours.stderr, theirs.stderr) if known else None)  # type: ignore[arg-type]
+
+
+def rank_correlation(x_N: np.ndarray, y_N: np.ndarray, cluster_N: np.ndarray) -> OverSeeds:
+    """Spearman's, over the tokens where both are numbers; NaN where one does not vary.
+
+    The standard error is the jackknife's: from leaving out each cluster in turn, or each of PARTS parts of them.
+    """
+    counted_N = ~(np.isnan(x_N) | np.isnan(y_N))
+    x_N, y_N, cluster_N = x_N[counted_N], y_N[counted_N], cluster_N[counted_N]
+    clusters, part_N = np.unique(cluster_N, return_inverse=True)
+    parts = min(len(clusters), PARTS)
+    if parts < 2:
+        return OverSeeds((_spearman(x_N, y_N),))
+    part_N = part_N * parts // len(clusters)
+    without = np.array([_spearman(x_N[part_N != part], y_N[part_N != part]) for part in range(parts)])
+    stderr = math.sqrt((parts - 1) * np.var(without))
+    return OverSeeds((_spearman(x_N, y_N),), None if math.isnan(stderr) else stderr)
+
+
+def _spearman(x_N: np.ndarray, y_N: np.ndarray) -> float:
+    if len(x_N) < 2 or np.ptp(x_N) == 0 or np.ptp(y_N) == 0:
+        return math.nan
+    return float(np.corrcoef(stats.rankdata(x_N), stats.rankdata(y_N))[0, 1])
