@@ -1,5 +1,6 @@
 """The studies: what is compared with what, at which equal cost. `STUDIES` holds them by name."""
 
+from experiments.studies.ablations import ABLATIONS
 from experiments.studies.allocation import ALLOCATION
 from experiments.studies.declared import Study
 from experiments.studies.layers import LAYERS
@@ -8,5 +9,5 @@ from experiments.studies.memory_scaling import MEMORY_SCALING
 from experiments.studies.pair import PAIR
 
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (PAIR, ALLOCATION, MEMORY_SCALING, LAYERS, KNOCK_OUT, FREQUENCY, GATES)
+    study.name: study for study in (PAIR, ALLOCATION, MEMORY_SCALING, ABLATIONS, LAYERS, KNOCK_OUT, FREQUENCY, GATES)
 }

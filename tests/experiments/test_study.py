@@ -71,9 +71,16 @@ def test_allocation_spans_rho(points):
 
 
 def test_memory_scaling_spans_slots():
-    made = STUDIES["memory_scaling"].at(STUDIES["memory_scaling"].scales["tiny"]())
-    assert made[-1].x / made[0].x > 10**1.5
-    assert {point.config.model.moe for point in made} == {engram_tiny().model.moe}
+    groups = by_series(STUDIES["memory_scaling"].at(STUDIES["memory_scaling"].scales["tiny"]()))
+    assert list(groups) == ["Engram", "OverEncoding"]
+    for made in groups.values():
+        assert made[-1].x / made[0].x > 10**1.5
+        assert {point.config.model.moe for point in made} == {engram_tiny().model.moe}
+    # The same slots, of the same width, so far as primes allow.
+    ours = {round(np.log2(point.x / 81_900)): point for point in groups["Engram"]}
+    for point in groups["OverEncoding"]:
+        twin = ours[round(np.log2(point.x / 81_900))]
+        assert parameters(point.config.model).memory == pytest.approx(parameters(twin.config.model).memory, rel=0.06)
 
 
 @pytest.mark.parametrize(

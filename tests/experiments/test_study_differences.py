@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from engram_jax.config import ConfigError, replace, to_dict
+from engram_jax.config import differences as differences_of
 from engram_jax.counts import flops_per_token, parameters
 from experiments import study as command
 from experiments.runs import engram_tiny
@@ -16,12 +17,19 @@ from experiments.studies.allocation import ALLOCATION
 from experiments.studies.declared import ACTIVE, FLOPS, TOTAL, Point, by_series, prove
 from experiments.studies.execute import run_dir
 from experiments.studies.layers import LAYERS
-from experiments.studies.report import write_report
+from experiments.studies.report import budget_notes, write_report
 
 
 @pytest.fixture(scope="module")
 def layers():
     return LAYERS.at(LAYERS.scales["tiny"]())
+
+
+@pytest.fixture(scope="module")
+def ablations():
+    """The study's configs by name."""
+    study = STUDIES["ablations"]
+    return {point.name: point.config for point in study.at(study.scales["tiny"]())}
 
 
 def write(point, seed, study_dir, loss):
@@ -136,6 +144,59 @@ def test_one_module_weighs_what_two_do(layers):
     assert models["two"] == engram_tiny().model
 
 
+def test_ablations_change_one_thing_each(ablations):
+    reference = ablations["reference"]
+    assert reference.model == engram_tiny().model
+    changed = {
+        name: {line.split(":")[0] for line in differences_of(config, reference)} for name, config in ablations.items()
+    }
+    shape = {f"model.engram.engram_{part}" for part in ("n_heads", "head_dim", "vocab_size")}
+    assert changed.pop("reference") == set() and changed.pop("moe") >= {"model.moe.n_routed_experts"}
+    assert changed == {
+        "no_multi_branch": {"model.engram.engram_without"},
+        "no_gate": {"model.engram.engram_without"},
+        "no_compression": {"model.engram.engram_without"},
+        "narrow_hash": {"model.engram.engram_without"},
+        "no_convolution": {"model.engram.engram_kernel_size"},
+        "across_documents": {"model.engram.engram_cross_documents"},
+        "lazy_adam": {"optimizer.table_optimizer"},
+        "sinkhorn": {"optimizer.table_optimizer"},
+        **{f"table_lr_x{by}": {"optimizer.table_lr_multiplier"} for by in (1, 2, 10)},
+        **{f"heads{heads}": shape for heads in (1, 2, 8, 16)},
+        "orders2": {"model.engram.engram_max_ngram_size", *shape} - {"model.engram.engram_n_heads"},
+        "orders234": {"model.engram.engram_max_ngram_size", *shape} - {"model.engram.engram_n_heads"},
+    }
+
+
+def test_reshaped_memories_read_and_hold_as_much(ablations):
+    reference = ablations["reference"].model
+    for name in ("orders2", "orders234", "heads1", "heads2", "heads8", "heads16"):
+        model = ablations[name].model
+        assert model.engram.memory_dim == pytest.approx(reference.engram.memory_dim, rel=0.04)
+        assert parameters(model).memory == pytest.approx(parameters(reference).memory, rel=0.01)
+
+
+def test_what_ablations_cannot_start_from():
+    study = STUDIES["ablations"]
+    base = study.scales["tiny"]()
+    for change, (value, message) in {
+        "model__engram__engram_max_ngram_size": (4, "leave model.engram.engram_variant"),
+        "optimizer__table_lr_multiplier": (2.0, "start from optimizer.table_optimizer"),
+        "model__engram__engram_head_dim": (1, r"engram_n_heads=4 of engram_head_dim=1: .* needs 17 or more"),
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            study.at(replace(base, **{change: value}))
+
+
+def test_unequal_costs_are_listed():
+    study = STUDIES["ablations"]
+    points = study.at(study.scales["tiny"]())
+    notes = "\n".join(budget_notes(study, points))
+    sizes = {point.name: parameters(point.config.model).active for point in points}
+    by = 1 - sizes["no_gate"] / sizes["reference"]
+    assert f"{by:.2%} fewer active parameters" in notes and "orders" not in notes and "lazy" not in notes
+
+
 def test_only_what_a_point_declares_may_differ():
     run = engram_tiny()
     points = [Point("a", 0, run), Point("b", 1, replace(run, model__engram__engram_kernel_size=0))]
@@ -182,6 +243,24 @@ def test_each_budget_has_its_curve(tmp_path):
     assert "- C: The fitted parabola" in part and "3C" not in part.split("## Verdict")[1]
 
 
+def test_two_lines_are_compared_where_both_have_slots(tmp_path):
+    """OverEncoding as good as Engram with half the slots."""
+    study, rng = STUDIES["memory_scaling"], np.random.default_rng(14)
+    points = study.at(study.scales["tiny"]())
+    for point in points:
+        for seed in range(3):
+            by = 0.05 * np.log10(2) if point.series == "OverEncoding" else 0
+            write(point, seed, tmp_path, 5 - 0.05 * np.log10(point.x) + by + 0.2 * seed + rng.normal(0, 1e-4))
+    text = write_report(study, points, 3, tmp_path)
+    assert "- Engram: The loss falls along the fitted line by -0.0" in text
+    assert "- OverEncoding: The loss falls along the fitted line by -0.0" in text
+    found = re.search(
+        r"Engram's line at x = ([\d,]+) against OverEncoding's: (-0\.\d+).*more than.* at ([\d.]+) times", text
+    )
+    assert found and float(found.group(2)) == pytest.approx(-0.05 * np.log10(2), abs=1e-3)
+    assert float(found.group(3)) == pytest.approx(2, rel=0.05)
+
+
 def test_the_offset_of_two_lines_is_read_where_both_are():
     rng, x, z = np.random.default_rng(9), 10.0 ** np.linspace(4, 6, 7), 10.0 ** np.linspace(5, 7, 4)
     shift = rng.normal(0, 0.3, 3)
@@ -189,6 +268,21 @@ def test_the_offset_of_two_lines_is_read_where_both_are():
     theirs = 4.06 - 0.08 * np.log10(z)[:, None] + shift
     middle, by_S = fits.offset(x, ours, z, theirs)
     assert middle == pytest.approx(10**5.5) and by_S == pytest.approx(np.full(3, -0.06 + 0.03 * 5.5))
+
+
+def test_a_curve_that_the_points_do_not_follow_says_so():
+    """Points on a parabola rarely miss it; points with a step at their end do."""
+    rng, x = np.random.default_rng(13), np.linspace(40, 100, 7)
+    on = 4 + 1e-4 * (x[:, None] - 70) ** 2 + rng.normal(0, 0.2, 3)
+    missed = 0
+    for _ in range(40):
+        curve = fits.fit("valley", x, on + rng.normal(0, 0.01, (7, 3)))
+        assert curve
+        missed += curve.p_misfit < 0.05
+    assert missed <= 6
+    step = np.where(x == 100, 0.2, 0)[:, None] + rng.normal(0, 0.005, (7, 3))
+    curve = fits.fit("valley", x, step)
+    assert curve and "do not follow the curve" in fits.sentence(curve, x, "rho")
 
 
 # --- some points of a study ---
