@@ -259,8 +259,12 @@ plot_gates(*token_gates(result.parts, result.state, tokenizer, line))
 # %% [markdown]
 # ## And now?
 #
-# You have seen the whole path: tokens, canonical ids, rows, gate, loss, update of the touched rows. Three ways on:
+# You have seen the whole path: tokens, canonical ids, rows, gate, loss, update of the touched rows. Ways on:
 #
+# * *What is in the table?* [Inside a memory](inside_a_memory.ipynb): who shares a row, which rows are alike, and what
+#   is lost when one is wiped.
+# * *How much memory should a model have?* [The allocation law on your own text](allocation_law.ipynb).
+# * *In a model that is not ours?* [Your own model](your_own_model.ipynb).
 # * *Does the memory pay?* That takes an equal: the same size and cost without it. On your own machine, in a clone of
 #   the repository, `python -m experiments.run moe_tiny engram_tiny` trains both and compares them.
 # * *Your own text:* add `data__corpus="some/folder"` to the `replace(...)` above and run everything below it again.
