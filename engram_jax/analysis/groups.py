@@ -129,7 +129,7 @@ def joined(by_seed: Sequence[dict[str, OverSeeds]]) -> dict[str, OverSeeds]:
 
 
 def minus(ours: OverSeeds, theirs: OverSeeds) -> OverSeeds:
-    """Seed by seed, on texts that have nothing to do with each other."""
+    """Seed by seed, on different texts: errors add as squares, too large where texts share documents."""
     values = tuple(a - b for a, b in zip(ours.values, theirs.values, strict=True))
     known = ours.stderr is not None and theirs.stderr is not None
     return OverSeeds(values, math.hypot(ours.stderr, theirs.stderr) if known else None)  # type: ignore[arg-type]

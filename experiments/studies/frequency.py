@@ -122,10 +122,10 @@ def measure(runs: Sequence[FinishedRun]) -> Measured:
 def all_texts(own: OwnText, config: RunConfig, step: int, order: int) -> dict[str, Text]:
     """What a run has read and what not, each with the occurrences of its n-grams in all that was read."""
     train, validation = own.data.train, own.data.validation
-    count = min(step * config.data.batch_size, MAX_TOKENS // train.seq_len)
-    read = trained_windows(train, config.data.seed, count)
+    count, most = step * config.data.batch_size, MAX_TOKENS // train.seq_len
+    read = trained_windows(train, config.data.seed, min(count, most))
     counts = NgramCounts.of_windows(np.stack([train[int(i)]["tokens"] for i in read]), order)
-    unread = np.setdiff1d(np.arange(len(train)), read)
+    unread = np.setdiff1d(np.arange(len(train) if count <= most else 0), read)
     sources = {TRAINING: (train, read), UNREAD: (train, unread), HELD_OUT: (validation, np.arange(len(validation)))}
     found = {}
     for name, (source, windows) in sources.items():
@@ -242,7 +242,10 @@ def verdict(measured: Measured) -> list[str]:
         else:
             sentences.append(f"No memorisation beyond the twin's is found against {_called(other)}: {size}.")
     for layer in measured.layers:
-        (rare, low), *_, (frequent, high) = measured.numbers[HELD_OUT][f"gate {layer}"].items()
+        gates = measured.numbers[HELD_OUT][f"gate {layer}"]
+        if len(gates) < 2:
+            continue
+        (rare, low), *_, (frequent, high) = gates.items()
         sentences.append(
             f"Layer {layer}'s gates are {low.mean:.3f} after n-grams seen {rare} times and {high.mean:.3f} after those "
             f"seen {frequent} times ({minus(high, low).text()})."

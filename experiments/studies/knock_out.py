@@ -226,8 +226,9 @@ def verdict(measured: Measured) -> list[str]:
         else f"Against the twin, the model without its memory is not shown to be worse on {', '.join(not_worse)}."
     )
     by_seen = measured.losses(OFF, TRAINED, seen)
-    (rare, low), *_, (frequent, high) = by_seen.items()
-    sentences.append(f"After a {rare} it costs {low.text()}, after a {frequent} {high.text()}.")
+    if len(by_seen) > 1:
+        (rare, low), *_, (frequent, high) = by_seen.items()
+        sentences.append(f"After a {rare} it costs {low.text()}, after a {frequent} {high.text()}.")
     if measured.single_layers:
         alone = [next(iter(measured.losses(la, TRAINED, everything).values())).mean for la in measured.single_layers]
         relation = "hold much of the same" if sum(alone) < 0.8 * cost.mean else "add up"
