@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from engram_jax.analysis.hidden_states import state_batches
+from engram_jax.config import require
 from engram_jax.evaluation.statistics import Metric, ratio
 from engram_jax.evaluation.under_test import UnderTest, chunk_length
 from engram_jax.sharding import placed
@@ -51,23 +52,23 @@ def logit_lens(
     Raises:
       ConfigError: a sequence has no ids.
     """
+    require(all(map(len, sequences)), "a sequence has no ids: begin it with the tokenizer's bos.")
     owners = np.arange(len(sequences)) if documents is None else np.unique(documents, return_inverse=True)[1]
+    owners = owners[[len(ids) > 1 for ids in sequences]]
+    read = [ids[:-1] for ids in sequences if len(ids) > 1]  # the last id is only predicted
     num_states = model.parts.config.model.num_hidden_layers + 1
     sums = np.zeros((len(DIRECTIONS), num_states, int(owners.max(initial=-1)) + 1))
     sizes = np.zeros(sums.shape[-1])
-    for first, is_token_BT, states_LBTD in state_batches(model, sequences):
-        # The last id is only predicted.
-        is_scored_BT = np.concatenate([is_token_BT[:, 1:], np.zeros_like(is_token_BT[:, :1])], axis=1)
+    for first, is_token_BT, states_LBTD in state_batches(model, read):
         B, T = is_token_BT.shape
         chunk = chunk_length(B, T, model.parts.config.model.vocab_size)
         with jax.set_mesh(model.parts.mesh):
             parts = [_divergences(model.parts, chunk, model.state, states_LBTD, start) for start in range(0, T, chunk)]
             all_2LBT = np.concatenate(jax.device_get(parts), axis=-1).astype(np.float64)
-        count = len(sequences[first : first + len(is_token_BT)])
-        summed_2LB = np.where(is_scored_BT, all_2LBT, 0).sum(-1)
-        for row, owner in enumerate(owners[first : first + count]):
+        summed_2LB = np.where(is_token_BT, all_2LBT, 0).sum(-1)
+        for row, owner in enumerate(owners[first : first + B]):
             sums[:, :, owner] += summed_2LB[:, :, row]
-            sizes[owner] += is_scored_BT[row].sum()
+            sizes[owner] += is_token_BT[row].sum()
     return {
         direction: [ratio(of_layer, sizes, unit="nats") for of_layer in of_direction]
         for direction, of_direction in zip(DIRECTIONS, sums, strict=True)

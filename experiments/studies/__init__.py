@@ -4,10 +4,11 @@ from experiments.studies.ablations import ABLATIONS
 from experiments.studies.allocation import ALLOCATION
 from experiments.studies.declared import Study
 from experiments.studies.layers import LAYERS
-from experiments.studies.looking import FREQUENCY, GATES, KNOCK_OUT
+from experiments.studies.looking import DEPTH, FREQUENCY, GATES, KNOCK_OUT
 from experiments.studies.memory_scaling import MEMORY_SCALING
 from experiments.studies.pair import PAIR
 
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (PAIR, ALLOCATION, MEMORY_SCALING, ABLATIONS, LAYERS, KNOCK_OUT, FREQUENCY, GATES)
+    study.name: study
+    for study in (PAIR, ALLOCATION, MEMORY_SCALING, ABLATIONS, LAYERS, KNOCK_OUT, FREQUENCY, GATES, DEPTH)
 }

@@ -80,3 +80,29 @@ GATES = Study(
     analyse=later("gates"),
     trained_in=PAIR.name,
 )
+
+
+DEPTH = Study(
+    name="depth",
+    question="Does memory make a model deeper: do its layers predict what it will say earlier, and are they like later "
+    "layers of the baseline, more than another seed's are?",
+    x_label=PAIR.x_label,
+    scales=PAIR.scales,
+    points=PAIR.points,
+    shape="differences",
+    baseline=PAIR.baseline,
+    caveats=(
+        "The divergence is from each model's own final prediction: a model that is surer in the end is further from "
+        "its beginnings without being shallower.",
+        "The lens reads a state with a head that was trained for the last one only; a layer may know what it cannot "
+        "show.",
+        "Soft alignment is a mean over the nearest layers, so it is drawn away from both ends: a_j > j at the first "
+        "layers and a_j < j at the last say nothing by themselves. The fewer the layers, the coarser.",
+        "Differences of alignment share their references (the baseline's runs), so their spread over seeds is not that "
+        "of independent runs.",
+        "The paper takes the named entities of Few-NERD; these are identifiers and names, by rules, that the tokenizer "
+        "splits.",
+    ),
+    analyse=later("depth"),
+    trained_in=PAIR.name,
+)
