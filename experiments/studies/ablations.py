@@ -12,7 +12,8 @@ from experiments.studies.declared import ACTIVE, FLOPS, TOTAL, Point, Study
 REFERENCE = "reference"
 LESS = (TOTAL, ACTIVE, FLOPS)
 """What a point without some part of the reader has less of: nothing makes up for it, as in the paper."""
-HEADS = (1, 16, 2, 8)
+HEADS = (1, 16, 2, 4, 8)
+"""Of the hash, for each order."""
 MULTIPLIERS = (1.0, 10.0, 2.0)
 """Of the tables' learning rate; the reference has the paper's 5."""
 
@@ -55,12 +56,9 @@ def points(base: RunConfig) -> tuple[Point, ...]:
         "narrow_hash": _memory(twin, engram_without=("wide_hash",)),
         "across_documents": _memory(twin, engram_cross_documents=True),
     }
-    for at, heads in enumerate(HEADS):
-        if heads != engram.engram_n_heads:
-            made[f"heads{heads}"] = reshaped(twin, 3, heads)
-        if at < len(MULTIPLIERS):
-            multiplier = MULTIPLIERS[at]
-            made[f"table_lr_x{multiplier:g}"] = replace(twin, optimizer__table_lr_multiplier=multiplier)
+    others = {f"heads{heads}": heads for heads in HEADS if heads != engram.engram_n_heads}
+    rates = {f"table_lr_x{by:g}": replace(twin, optimizer__table_lr_multiplier=by) for by in MULTIPLIERS}
+    made |= rates | {name: reshaped(twin, 3, heads) for name, heads in others.items()}
     return tuple(
         Point(name, x, config, varies=LESS if name in less else ()) for x, (name, config) in enumerate(made.items())
     )

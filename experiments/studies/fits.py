@@ -80,6 +80,21 @@ def lowest(coefficients: np.ndarray) -> float:
     return float(-b / (2 * a)) if a > 0 else float("inf")
 
 
+def moved(ours: Fit, theirs: Fit, x_label: str) -> str:
+    """How far our parabola's lowest point lies from theirs; nothing if either has none, or is missed by its points."""
+    if min(ours.p_misfit, theirs.p_misfit) < 1 - LEVEL / 100:
+        return "not compared, since the points do not follow their parabolas."
+    if not np.isfinite([lowest(ours.coefficients), lowest(theirs.coefficients)]).all():
+        return "not compared, since one of the parabolas has none."
+    # Drawn anew by themselves, so that any pairing of the draws will do.
+    by = [lowest(a) - lowest(b) for a, b in zip(ours.resampled, reversed(theirs.resampled), strict=True)]
+    tail = (100 - LEVEL) / 2
+    low, high = np.nanpercentile(by, [tail, 100 - tail], method="inverted_cdf")
+    mean = lowest(ours.coefficients) - lowest(theirs.coefficients)
+    numbers = f"{mean:+.1f} ({LEVEL} % interval {low:+.1f} to {high:+.1f}) on the axis of {x_label!r}"
+    return f"{numbers}: {'nothing found beyond the spread' if low <= 0 <= high else 'more than the spread'}."
+
+
 def sentence(curve: Fit, x_P: np.ndarray, x_label: str) -> str:
     """The verdict on the curve, from its numbers alone."""
     said = _on_valley(curve, x_P, x_label) if curve.shape == "valley" else _on_line(curve)

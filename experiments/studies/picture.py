@@ -61,13 +61,13 @@ def _draw_ours(axes: Axes, study: Study, points: Sequence[Point], rows: Sequence
         finished = {point.x: list(losses[point.name].values()) for point in group if point.name in losses}
         if not finished:
             continue
-        means = np.array([statistics.mean(values) for values in finished.values()])
         x_P, (seeds, loss_PS) = np.array([point.x for point in group]), complete(group, rows)
+        spread = "seeds"
         if len(seeds) > 1:  # what a seed does to all points is no doubt about any of them
-            deviations, spread = (loss_PS - loss_PS.mean(axis=0)).std(axis=1, ddof=1), "seeds, paired"
-        else:
-            deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in finished.values()]
-            spread = "seeds"
+            centred_PS, spread = loss_PS - loss_PS.mean(axis=0) + loss_PS.mean(), "seeds, paired"
+            finished = dict(zip(x_P.tolist(), centred_PS.tolist(), strict=True))
+        means = np.array([statistics.mean(values) for values in finished.values()])
+        deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in finished.values()]
         ground = means.min() if lifts else 0.0
         head = f"{series}: " if series else ""
         label = f"{head}mean ± std over {spread}" + (f", lowest {ground:.4f}" if lifts else "")
@@ -95,28 +95,43 @@ def _list_ours(axes: Axes, study: Study, points: Sequence[Point], rows: Sequence
     """A line for every point, in the study's order: each seed's difference, their mean, and its interval."""
     compared, color = differences.compare(study, points, rows), STYLES[1][0]
     for y, each in enumerate(compared):
-        low, high = fits.interval(each.by_S)
-        mean = each.mean
         if len(each.by_S) > 1:
-            axes.plot([low, high], [y, y], "-", color=color, linewidth=1.5)
+            axes.plot(fits.interval(each.by_S), [y, y], "-", color=color, linewidth=1.5)
         axes.plot(each.by_S, [y] * len(each.by_S), "|", color=STYLES[0][0], alpha=0.6)
-        axes.plot([mean], [y], STYLES[1][1], color=color)
-    _finish_list(axes, [each.name for each in compared], study.baseline_of(points).name)
-    if compared:
-        # The interval of two seeds is six times as wide as that of five, and would hide all the others.
-        seen = np.concatenate([each.by_S for each in compared] + [np.zeros(1)])
-        margin = 0.5 * float(np.ptp(seen)) or 0.01
-        axes.set_xlim(seen.min() - margin, seen.max() + margin)
+        axes.plot([each.mean], [y], STYLES[1][1], color=color)
+    _finish_list(axes, {each.name: each.by_S for each in compared}, study.baseline_of(points).name)
     axes.set_title(f"this study: mean, {fits.LEVEL} % interval, seeds", fontsize=10)
 
 
 def _list_papers(axes: Axes, baseline: str, by: Mapping[str, float]) -> None:
     axes.plot(list(by.values()), range(len(by)), STYLES[2][1], color=STYLES[2][0])
-    _finish_list(axes, list(by), baseline)
+    _finish_list(axes, {name: np.array([mean]) for name, mean in by.items()}, baseline)
 
 
-def _finish_list(axes: Axes, names: Sequence[str], baseline: str) -> None:
+def _finish_list(axes: Axes, by: Mapping[str, np.ndarray], baseline: str) -> None:
+    """Axes that show all differences, but neither whole intervals, which of two seeds are six times as wide as of
+    five, nor one point so far away that it would flatten the others: that one is written at the edge."""
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
+    axes.set_yticks(range(len(by)), list(by))
+    axes.set_ylim(max(len(by), 1) - 0.5, -0.5)
     axes.set_xlabel(f"loss less that of {baseline} (nats per token; left is better)")
+    if not by:
+        return
+    far = _outlier(by)
+    seen = np.concatenate([values for name, values in by.items() if name != far] + [np.zeros(1)])
+    margin = 0.3 * float(np.ptp(seen)) or 0.01
+    axes.set_xlim(seen.min() - margin, seen.max() + margin)
+    if far:
+        mean = float(by[far].mean())
+        edge, side = (seen.max() + margin, "right") if mean > 0 else (seen.min() - margin, "left")
+        text = f"{mean:+.4f} \u2192 " if mean > 0 else f" \u2190 {mean:+.4f}"
+        axes.text(edge, list(by).index(far), text, ha=side, va="center", fontsize=9)
+
+
+def _outlier(by: Mapping[str, np.ndarray]) -> str:
+    """The point three times as far from the baseline as any other; empty if there is none."""
+    ordered = sorted(by, key=lambda name: abs(float(by[name].mean())))
+    if len(ordered) < 3:
+        return ""
+    furthest, next_one = (abs(float(by[name].mean())) for name in (ordered[-1], ordered[-2]))
+    return ordered[-1] if furthest > 3 * next_one else ""

@@ -69,6 +69,8 @@ def verdict(study: Study, points: Sequence[Point], seeds: int, rows: Sequence[di
         sentences += [head + sentence for sentence in _on_series(study, group, rows)]
     if study.shape == "log_line" and len(groups) == 2:
         sentences += _between_lines(groups, rows)
+    if study.shape == "valley":
+        sentences += _between_valleys(study, groups, rows)
     return sentences
 
 
@@ -109,6 +111,20 @@ def _between_lines(groups: dict[str, list[Point]], rows: Sequence[dict[str, Any]
     if slope < 0 and (high < 0 or low > 0):
         sentence += f" {theirs} has the same loss at {10 ** (by_S.mean() / slope):.2f} times the x."
     return [sentence]
+
+
+def _between_valleys(study: Study, groups: dict[str, list[Point]], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Whether the later series' lowest points lie elsewhere than the first one's."""
+    curves = {}
+    for series, group in groups.items():
+        x_P, (_, loss_PS) = np.array([point.x for point in group]), complete(group, rows)
+        if loss_PS.size and (curve := fits.fit("valley", x_P, loss_PS)):
+            curves[series] = curve
+    first, *others = curves or [""]
+    return [
+        f"{other}'s lowest point against {first}'s: {fits.moved(curves[other], curves[first], study.x_label)}"
+        for other in others
+    ]
 
 
 def losses_table(study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -236,6 +236,8 @@ def test_each_budget_has_its_curve(tmp_path):
     for series, where in lowest.items():
         found = re.search(rf"^- {series}: The fitted parabola is lowest at ([\d.]+)", text, re.MULTILINE)
         assert found and float(found.group(1)) == pytest.approx(where, abs=3)
+    moved = re.search(r"3C's lowest point against C's: \+([\d.]+) .*more than the spread", text)
+    assert moved and float(moved.group(1)) == pytest.approx(15, abs=4)
     assert re.search(r"- 3C: 3C-rho\d+ against 3C-rho100: -0\.0", text)
     assert (tmp_path / "study.png").stat().st_size > 10_000
     # With one budget's runs alone, that one is reported.
