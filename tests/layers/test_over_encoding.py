@@ -17,6 +17,8 @@ from engram_jax.memory.store import MemoryStore
 from engram_jax.model import Model, split
 from engram_jax.sharding import make_mesh, spec
 
+pytestmark = pytest.mark.newest
+
 CONFIG = ModelConfig(
     vocab_size=30,
     hidden_size=16,
