@@ -226,10 +226,17 @@ def _compile(lowered: jax.stages.Lowered, **options: Any) -> tuple[jax.stages.Co
 
 
 def allocated(folder: Path) -> int:
-    """Bytes of a device's HBM by the memory report in a compiler's dump, of its largest program; 0: there is none."""
-    texts = [file.read_text() for file in folder.glob("*memory-usage-report.txt")]
-    totals = [re.search(r"color=0\)\s*Total bytes: (\d+)", text) for text in texts]
-    return max((int(total.group(1)) for total in totals if total), default=0)
+    """Bytes of a device's HBM that the buffer assignment in a compiler's dump takes, of its largest program; 0: none.
+
+    HBM's allocations name no memory space (`color`); thread-local ones lie within fusions and host
+    computations. (The total of the dump's memory-usage-report counts those too: whole tables that the hosts hold.)
+    """
+    programs = [file.read_text() for file in folder.glob("*buffer-assignment.txt")]
+    lines = [re.findall(r"^allocation \d+: size (\d+)(.*)$", text, re.MULTILINE) for text in programs]
+    return max(
+        (sum(int(size) for size, rest in found if not re.search(", (color|thread-local)", rest)) for found in lines),
+        default=0,
+    )
 
 
 def memory_in(message: str) -> int:
