@@ -130,7 +130,7 @@ def test_print_shows_the_plan_and_trains_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "train", None)
     assert command.main(["allocation", "--print", "--seeds", "2", "--out", str(tmp_path), "--train.steps", "7"]) == 0
     output = capsys.readouterr().out
-    assert "rho100" in output and "28,672" in output and "14 points, 2 seeds: 28 runs, 0 of them finished" in output
+    assert "rho100" in output and "28,672" in output and "18 points, 2 seeds: 36 runs, 0 of them finished" in output
     assert not list(tmp_path.iterdir())
 
 
