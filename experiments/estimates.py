@@ -18,8 +18,8 @@ MFU = {"v4": 0.3, "v5e": 0.15, "v5p": 0.4, "v6e": 0.08, "7x": 0.18}
 """Share of the chip's peak that is assumed: the lower ends that compiling the paper's models gives (docs/pods.md);
 for v4, where nothing was compiled, between v5e and v5p as its network is. None was measured."""
 SURE, SURE_WITH_EXCHANGE, HOPELESS = 0.8, 0.5, 1.2
-"""Shares of the chip's memory: up to the first an estimate is believed (the second where experts are distributed: of
-moe_27b on v5e-256 the compiler says twice as much), and beyond the third."""
+"""Shares of the chip's memory: up to the first an estimate is believed (the second where experts are distributed: the
+compiler's peaks are a quarter higher there, elsewhere lower; docs/scaling.md), and beyond the third."""
 EXCHANGE = "exchange of experts"
 SHORTEST_STEP = 5e-3
 """Seconds that a step is assumed to take however small it is: hundreds of little operations and collectives."""
