@@ -185,7 +185,7 @@ def test_a_folder_of_another_plan_is_refused(tmp_path, points):
     agree_on_plan(folder, "allocation", points)
     agree_on_plan(folder, "allocation", points)
     longer = [Point(p.name, p.x, replace(p.config, train__steps=121)) for p in points]
-    with pytest.raises(ConfigError, match=r"train.steps: 121 here, 120 there.*and 3 more.*--out"):
+    with pytest.raises(ConfigError, match=r"train.steps: 121 here, 120 there.*and 5 more.*--out"):
         agree_on_plan(folder, "allocation", longer)
     with pytest.raises(ConfigError, match="points: "):
         agree_on_plan(folder, "allocation", points[1:])
