@@ -51,7 +51,8 @@ def test_from_runs_to_the_report(model, runs, tmp_path, monkeypatch):
     for direction in DIRECTIONS:
         found = [r for r in rows if r.get("direction") == direction and (r["point"], r["seed"]) == ("engram", 1)]
         assert [row["layer"] for row in found] == [-1, 0, 1]
-        np.testing.assert_allclose([row["kl"] for row in found], [metric.value for metric in lens[direction]])
+        expected = [metric.value for metric in lens[direction]]  # the same but for float32's rounding
+        np.testing.assert_allclose([row["kl"] for row in found], expected, rtol=1e-5, atol=1e-6)
         assert found[0]["documents"] == len({piece.document for piece in pieces})
 
     likenesses = [row for row in rows if row["measure"] == "cka"]
