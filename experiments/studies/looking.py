@@ -5,6 +5,7 @@ Those bring jax and Matplotlib, which `experiments.study --list` does not wait f
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +23,15 @@ def later(module: str) -> Analysis:
     return analyse
 
 
-KNOCK_OUT = Study(
+def looking(name: str, question: str, caveats: tuple[str, ...]) -> Study:
+    return dataclasses.replace(
+        PAIR, name=name, question=question, caveats=caveats, analyse=later(name), trained_in=PAIR.name
+    )
+
+
+KNOCK_OUT = looking(
     name="knock_out",
     question="What does a model with memory still know when its memory is switched off, by the kind of token?",
-    x_label=PAIR.x_label,
-    scales=PAIR.scales,
-    points=PAIR.points,
-    shape="differences",
-    baseline=PAIR.baseline,
     caveats=(
         "A model whose memory is taken away is a model that nobody trained: the loss also holds what the silence of a "
         "part does to the others, not only what was stored there. The twin shows the scale of that.",
@@ -37,19 +39,12 @@ KNOCK_OUT = Study(
         "names at the beginning of sentences and on other languages.",
         "The paper's shares are of benchmark scores of a 27B model; these are next tokens of the held-out text.",
     ),
-    analyse=later("knock_out"),
-    trained_in=PAIR.name,
 )
 
 
-FREQUENCY = Study(
+FREQUENCY = looking(
     name="frequency",
     question="How do loss, gates and the rows' age go with the frequency of n-grams, on training and held-out text?",
-    x_label=PAIR.x_label,
-    scales=PAIR.scales,
-    points=PAIR.points,
-    shape="differences",
-    baseline=PAIR.baseline,
     caveats=(
         "Frequencies are of exact token n-grams in what the run has read; the memory itself also sees shorter ones, "
         "whose frequency goes with it.",
@@ -57,19 +52,12 @@ FREQUENCY = Study(
         "never seen also finds rows that others keep fresh.",
         "The training text is a sample from the whole run: what was read early may be forgotten in part.",
     ),
-    analyse=later("frequency"),
-    trained_in=PAIR.name,
 )
 
 
-GATES = Study(
+GATES = looking(
     name="gates",
     question="Where do the memory's gates open, and do they open where the memory helps?",
-    x_label=PAIR.x_label,
-    scales=PAIR.scales,
-    points=PAIR.points,
-    shape="differences",
-    baseline=PAIR.baseline,
     caveats=(
         "Streams have no names: stream 0 of one seed need not do what stream 0 of another does, and the spread over "
         "seeds of single streams holds that too.",
@@ -77,20 +65,13 @@ GATES = Study(
         "show what can happen, and the correlations what does.",
         "A gate scales a value that is not the same everywhere: a wide gate on a small value adds little.",
     ),
-    analyse=later("gates"),
-    trained_in=PAIR.name,
 )
 
 
-DEPTH = Study(
+DEPTH = looking(
     name="depth",
     question="Does memory make a model deeper: do its layers predict what it will say earlier, and are they like later "
     "layers of the baseline, more than another seed's are?",
-    x_label=PAIR.x_label,
-    scales=PAIR.scales,
-    points=PAIR.points,
-    shape="differences",
-    baseline=PAIR.baseline,
     caveats=(
         "The divergence is from each model's own final prediction: a model that is surer in the end is further from "
         "its beginnings without being shallower.",
@@ -103,6 +84,4 @@ DEPTH = Study(
         "The paper takes the named entities of Few-NERD; these are identifiers and names, by rules, that the tokenizer "
         "splits.",
     ),
-    analyse=later("depth"),
-    trained_in=PAIR.name,
 )
