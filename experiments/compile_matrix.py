@@ -4,13 +4,12 @@
   python -m experiments.compile --matrix engram_27b v5p-64   only cells whose model or slice is named
   python -m experiments.compile --matrix --table             the table alone, from the cells there are
 
-A cell takes minutes. Each is kept as JSON in `compile/matrix/` under a name that holds a hash of its settings, so an
-interrupted matrix goes on, and a changed run is compiled again.
+A cell takes minutes. Each is kept as JSON in `experiments/results/matrix/` under a name that holds a hash of its
+settings, so an interrupted matrix goes on, and a changed run is compiled again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -18,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from engram_jax.aot.chips import Topology, topology
-from engram_jax.config import ConfigError, RunConfig, require, to_dict
+from engram_jax.config import ConfigError, RunConfig, require
 from engram_jax.training.errors import RunError
 from experiments.compile import Compile, compile_report
+from experiments.fingerprint import fingerprint
 from experiments.registry import build
 from experiments.slices import laid_out
 
 MODELS = ("dense_4b", "moe_27b", "engram_27b", "engram_40b")
 SLICES = ("v5e-256", "v5p-64", "v5p-128", "v6e-256", "7x-64")
-CELLS = Path("compile/matrix")
+CELLS = Path(__file__).parent / "results" / "matrix"
 PAGE = Path(__file__).parents[1] / "docs" / "pods.md"
 BEGIN, END = "<!-- matrix: python -m experiments.compile --matrix -->", "<!-- end of matrix -->"
 
@@ -70,22 +70,8 @@ def _is_wanted(model: str, where: str, wanted: Sequence[str]) -> bool:
 
 
 def cell_file(config: RunConfig, where: Topology) -> Path:
-    """Where a cell is kept. What a run leaves at its default is not in the hash: a new setting moves no cell."""
-    settings = _chosen(to_dict(config), to_dict(RunConfig()))
-    settings["model"]["engram"].pop("engram_compressed_vocab_size", None)
-    key = hashlib.sha256(json.dumps([settings, where.name], sort_keys=True).encode()).hexdigest()[:12]
-    return CELLS / f"{config.name}-{where.name}-{key}.json"
-
-
-def _chosen(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The settings that differ from their defaults; every section stays."""
-    return {
-        name: _chosen(value, defaults[name])
-        if isinstance(value, dict) and isinstance(defaults.get(name), dict)
-        else value
-        for name, value in settings.items()
-        if isinstance(value, dict) or value != defaults.get(name)
-    }
+    """Where a cell is kept."""
+    return CELLS / f"{config.name}-{where.name}-{fingerprint(config, where.name)}.json"
 
 
 def write_table(cells: Sequence[tuple[str, str]]) -> None:

@@ -7,6 +7,7 @@
   NAME --points A B      only these of its points
   NAME --out DIR         where it goes (default studies/): DIR/NAME/SCALE
   NAME --report_only     report on the runs that are finished, train nothing
+  NAME --results FILE    raw numbers (results.jsonl, also of another study) whose runs are not trained again
   NAME --train.steps 50  overrides a field of the run that all points are made from
 
 The same command again trains what is missing, also beside another process that does the same.
@@ -31,7 +32,9 @@ from experiments.studies import STUDIES
 from experiments.studies.analysed import write_analysis
 from experiments.studies.declared import Point, Study, by_series
 from experiments.studies.execute import agree_on_plan, execute, is_finished, run_dir
+from experiments.studies.known import Known, known_runs
 from experiments.studies.report import budget_table, write_report
+from experiments.studies.results import results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Options:
     """Show the runs and their costs, and stop."""
     report_only: tyro.conf.FlagCreatePairsOff[bool] = False
     """Report on what is finished, and train nothing."""
+    results: tuple[Path, ...] = ()
+    """Files of raw numbers, from another machine or study: of a run whose settings they have, they are believed."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -77,19 +82,27 @@ def run(arguments: list[str]) -> int:
     all_points = study.at(options.config)
     points = chosen(study, all_points, options.points)
     study_dir, report_dir = study.run_folder(options.out, options.scale), options.out / name / options.scale
+    require(not (study.analyse and options.results), f"--results: {name} looks into its runs; leave it out.")
+    known = known_runs(options.results, points, options.seeds)
     if options.print:
-        print(_plan(study, points, options.seeds, study_dir))
+        print(_plan(study, points, options.seeds, study_dir, known))
         return FINISHED
-    agree_on_plan(study_dir, study.trained_in or name, all_points, write=not options.report_only)
+    agree_on_plan(study_dir, study.trained_in or name, all_points, write=bool(known) or not options.report_only)
     if not options.report_only:
-        print(_plan(study, points, options.seeds, study_dir), flush=True)
-        if status := execute(study_dir, points, options.seeds, train, lambda line: print(line, flush=True)):
+        print(_plan(study, points, options.seeds, study_dir, known), flush=True)
+
+        def train_one(config: RunConfig, folder: Path) -> int:
+            if not (status := train(config, folder)) and known:
+                results(points, options.seeds, study_dir, known)  # another corpus is found out now, not at the end
+            return status
+
+        if status := execute(study_dir, points, options.seeds, train_one, lambda line: print(line, flush=True), known):
             return status  # stopped by somebody who does not want the next run either
     if study.analyse:
         print(write_analysis(study, points, options.seeds, study_dir, report_dir))
         print(f"Report, raw numbers and pictures: {report_dir}")
     else:
-        print(write_report(study, points, options.seeds, study_dir))
+        print(write_report(study, points, options.seeds, study_dir, known))
         print(f"Report, raw numbers and picture: {study_dir}/report.md, results.jsonl, study.png")
     return FINISHED
 
@@ -144,12 +157,13 @@ def train(config: RunConfig, folder: Path) -> int:
     return loop.train(config, folder).status
 
 
-def _plan(study: Study, points: Sequence[Point], seeds: int, study_dir: Path) -> str:
+def _plan(study: Study, points: Sequence[Point], seeds: int, study_dir: Path, known: Known) -> str:
     folders = [run_dir(study_dir, point, seed) for seed in range(seeds) for point in points]
     finished = sum(map(is_finished, folders))
+    elsewhere = f" {len(known)} are known from --results." if known else ""
     lines = [f"# {study.name}: {study.question}", "", *budget_table(study, points), ""]
     lines += [f"{len(points)} points, {seeds} seeds: {len(folders)} runs, {finished} of them finished, in {study_dir}."]
-    return "\n".join(lines)
+    return "\n".join(lines) + elsewhere
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +124,27 @@ def claimed(study_dir: Path, folder: Path) -> Iterator[bool]:
             yield True
 
 
-def execute(study_dir: Path, points: Sequence[Point], seeds: int, train: Train, log: Callable[[str], None]) -> int:
-    """Trains every run that is neither finished nor another process's, seed by seed.
+def execute(
+    study_dir: Path,
+    points: Sequence[Point],
+    seeds: int,
+    train: Train,
+    log: Callable[[str], None],
+    known: Container[tuple[str, int]] = (),
+) -> int:
+    """Trains every run that is neither finished, nor known (by point and seed), nor another process's, seed by seed.
 
     Returns FINISHED, or the status of what stopped a run. Runs of other processes are left to them.
 
     Raises:
       ConfigError, RunError: of the run that failed; or a finished run has other settings.
     """
-    runs = [(point.seeded(seed), run_dir(study_dir, point, seed)) for seed in range(seeds) for point in points]
+    runs = [
+        (point.seeded(seed), run_dir(study_dir, point, seed))
+        for seed in range(seeds)
+        for point in points
+        if (point.name, seed) not in known
+    ]
     for config, folder in runs:
         if is_finished(folder):
             check_finished(folder, config)

@@ -53,7 +53,7 @@ def draw(measured: Measured, paper: Mapping[str, float], path: Path) -> None:
     y = np.arange(len(retained))
     papers.barh(y, [share for _, share in retained], 0.7, color="#999999")
     papers.set(xlabel="%", yticks=y, yticklabels=[name for name, _ in retained])
-    papers.set_title("The paper's 27B model: benchmark scores retained (fig. 6)", fontsize=9)
+    papers.set_title("The paper's 27B (fig. 6): scores retained", fontsize=9)
 
     limit = max(105.0, *(value for by in kept.values() for value in by.values))
     for axes in (shares, papers):

@@ -13,11 +13,12 @@ import numpy as np
 from engram_jax.counts import num_rows
 from experiments.studies import differences, fits
 from experiments.studies.declared import ACTIVE, FLOPS, TOKENS, TOTAL, Point, Study, by_series, quantities
+from experiments.studies.known import Known
 from experiments.studies.results import BITS, complete, losses_by_seed, results
 
 
-def write_report(study: Study, points: Sequence[Point], seeds: int, study_dir: Path) -> str:
-    """Writes the three files from what is finished, and returns report.md's text.
+def write_report(study: Study, points: Sequence[Point], seeds: int, study_dir: Path, known: Known | None = None) -> str:
+    """Writes the three files from what is finished or known, and returns report.md's text.
 
     Raises:
       ConfigError: a finished run has other settings than the study.
@@ -25,7 +26,7 @@ def write_report(study: Study, points: Sequence[Point], seeds: int, study_dir: P
     """
     from experiments.studies.picture import draw
 
-    rows = results(points, seeds, study_dir)
+    rows = results(points, seeds, study_dir, known)
     text = report(study, points, seeds, rows)
     write_text(study_dir / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     draw(study, points, rows, study_dir / "study.png")

@@ -12,23 +12,26 @@ import numpy as np
 from engram_jax.training.errors import RunError
 from experiments.studies.declared import Point, quantities
 from experiments.studies.execute import check_finished, is_finished, run_dir
+from experiments.studies.known import SETTINGS, Known, settings_of
 
 LOSS, BITS = "validation_loss", "bits_per_byte"
 
 
-def results(points: Sequence[Point], seeds: int, study_dir: Path) -> list[dict[str, Any]]:
-    """One line per finished run: its losses as result.json has them, and what it cost."""
+def results(points: Sequence[Point], seeds: int, study_dir: Path, known: Known | None = None) -> list[dict[str, Any]]:
+    """One line per finished run: its losses as result.json has them, and what it cost; or its known line."""
     rows = []
     for point in points:
         for seed in range(seeds):
             folder = run_dir(study_dir, point, seed)
             if not is_finished(folder):
+                rows += [row] if (row := (known or {}).get((point.name, seed))) else []
                 continue
             check_finished(folder, point.seeded(seed))
             result = json.loads((folder / "result.json").read_text())
             costs = {name.replace(" ", "_"): number for name, number in quantities(point.config).items()}
             rows.append(
                 {"point": point.name, "x": point.x, "series": point.series, "seed": seed}
+                | {SETTINGS: settings_of(point.seeded(seed))}
                 | {LOSS: result["loss"], BITS: result[BITS], **costs}
                 | {"buckets": result.get("buckets", {}), "corpus_sha256": result["corpus_sha256"]}
             )

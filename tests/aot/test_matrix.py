@@ -4,7 +4,7 @@ import pytest
 from test_command import GB, played
 
 from engram_jax.aot.chips import topology
-from engram_jax.config import ConfigError, replace
+from engram_jax.config import ConfigError, nested, replace
 from experiments import compile_matrix as matrix
 from experiments.registry import build
 
@@ -38,13 +38,13 @@ def test_a_cell_keeps_its_name_when_settings_are_added_and_loses_it_when_one_cha
     before = matrix.cell_file(config, where)
     assert matrix.cell_file(replace(config, model__hc_mult=2), where) != before
     assert matrix.cell_file(replace(config, data__batch_size=640), where) != before
-    known = matrix.to_dict
+    known = nested.to_dict
 
     def with_a_new_setting(config):
         settings = known(config)
         return settings | {"model": settings["model"] | {"new_setting": 1}}
 
-    monkeypatch.setattr(matrix, "to_dict", with_a_new_setting)
+    monkeypatch.setattr(nested, "to_dict", with_a_new_setting)
     assert matrix.cell_file(config, where) == before
 
 

@@ -5,19 +5,21 @@ import fcntl
 import json
 import multiprocessing
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from engram_jax.config import ConfigError, replace, to_dict
 from engram_jax.counts import flops_per_token, parameters, sparse_parameters
-from engram_jax.training.errors import TERMINATED, RunError
+from engram_jax.training.errors import FAILED, MISTAKEN, TERMINATED, RunError
 from experiments import study as command
 from experiments.runs import engram_tiny, moe_tiny
 from experiments.studies import STUDIES, fits
 from experiments.studies.allocation import ALLOCATION
 from experiments.studies.declared import TOTAL, Point, by_series, prove
 from experiments.studies.execute import agree_on_plan, execute, run_dir
+from experiments.studies.known import known_runs
 from experiments.studies.report import write_report
 
 
@@ -206,6 +208,74 @@ def test_a_finished_run_with_other_settings_is_refused(tmp_path, points):
     finish(replace(points[0].seeded(0), train__steps=9), run_dir(tmp_path, points[0], 0))
     with pytest.raises(ConfigError, match=r"train.steps: 120 here, 9 there.*delete it"):
         execute(tmp_path, points[:2], 1, None, print)
+
+
+# --- runs that were finished elsewhere ---
+
+
+def test_what_is_known_is_not_trained_again(tmp_path, points, monkeypatch, capsys):
+    """A study goes on from raw numbers alone, also of another study: `layers` and `ablations` share two points."""
+    trained = []
+
+    def train(config, folder):
+        trained.append(folder.name)
+        return finish(config, folder, 4 + 0.01 * len(trained))
+
+    monkeypatch.setattr(command, "train", train)
+    ours, theirs = ["--out", str(tmp_path / "ours")], ["--out", str(tmp_path / "theirs")]
+    assert command.main(["layers", "--seeds", "2", *ours]) == 0
+    file = tmp_path / "ours" / "layers" / "tiny" / "results.jsonl"
+    assert len(trained) == len(file.read_text().splitlines()) == 12
+    report = (file.parent / "report.md").read_text()
+
+    trained.clear()
+    files = ["--results", str(file)]
+    assert command.main(["layers", "--seeds", "2", "--report_only", *theirs, *files]) == 0
+    assert (tmp_path / "theirs" / "layers" / "tiny" / "report.md").read_text() == report and not trained
+    assert (tmp_path / "theirs" / "layers" / "tiny" / "results.jsonl").read_text() == file.read_text()
+    assert command.main(["layers", "--seeds", "3", *theirs, *files]) == 0
+    assert trained == [f"{name}-seed2" for name in ("two", "layer0", "layer1", "layer2", "layer3", "moe")]
+
+    trained.clear()
+    assert command.main(["ablations", "--points", "reference", "moe", "no_gate", "--seeds", "2", *theirs, *files]) == 0
+    assert trained == ["no_gate-seed0", "no_gate-seed1"]
+    capsys.readouterr()
+    assert command.main(["layers", "--train.steps", "90", "--print", "--seeds", "2", *theirs, *files]) == 0
+    assert "12 runs, 0 of them finished" in (said := capsys.readouterr().out) and "known from" not in said
+
+
+def test_another_corpus_than_the_known_one_is_found_out_after_one_run(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(config, folder):
+        trained.append(folder.name)
+        return finish(config, folder, corpus="abc" if config.train.seed == 0 else "def")
+
+    monkeypatch.setattr(command, "train", train)
+    assert command.main(["pair", "--seeds", "1", "--out", str(tmp_path / "a")]) == 0
+    file = tmp_path / "a" / "pair" / "tiny" / "results.jsonl"
+    assert command.main(["pair", "--out", str(tmp_path / "b"), "--results", str(file)]) == FAILED
+    assert len(trained) == 3 and "different corpora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "no json", '{"seed": 0}', "[1]", None])
+def test_files_without_raw_numbers_are_refused(tmp_path, text, capsys):
+    file = tmp_path / "rows.jsonl"
+    if text is not None:
+        file.write_text(text)
+    status = command.main(["pair", "--print", "--out", str(tmp_path), "--results", str(file)])
+    assert (status == 0) is (text == "")
+    assert text == "" or f"--results {file}: not the raw numbers" in capsys.readouterr().err
+    assert command.main(["depth", "--print", "--results", str(file)]) == MISTAKEN
+
+
+@pytest.mark.parametrize("name", ["pair", "allocation"])
+def test_published_numbers_are_those_of_the_study_as_it_is(name):
+    """A change of its settings must not leave results behind that look like its own."""
+    points = STUDIES[name].at(STUDIES[name].scales["tiny"]())
+    file = Path(command.__file__).parent / "results" / name / "results.jsonl"
+    lines = file.read_text().splitlines()
+    assert len(known_runs([file], points, 3)) == len(lines) > 0
 
 
 # --- the report ---
