@@ -35,8 +35,8 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "act": None,  # any feature dim of an activation
     # weights, and the activations that have their dims
     "layers": None,
-    "embed": ("fsdp", "expert", "context"),  # the hidden_size dim of a matrix: cut to store, whole to use
-    "expert_embed": ("fsdp", "context"),  # the same of an expert's matrix
+    "embed": ("fsdp", "context", "expert"),  # the hidden_size dim of a matrix: cut to store, whole to use
+    "expert_embed": ("fsdp", "context"),  # the same of an expert's matrix, if experts divide over their axis
     "vocab": "tensor",
     "heads": "tensor",
     "latent": None,

@@ -17,6 +17,9 @@ PER_STREAM_BYTE = 2.9
 a time compiled for v5p-64: 36 GB of temporaries for 12.6 GB)."""
 
 
+UNEVEN = 1 / 32
+"""Experts that may be missing for an even share, of all: 55 go to 8 devices as 56 would."""
+
 MIN_PIECE = 1024
 """Positions to which a sequence is cut at most: attention's blocks are hundreds of them, and keys travel for each."""
 
@@ -25,9 +28,9 @@ def laid_out(run: RunConfig, where: Topology) -> RunConfig:
     """The run as one would start it there: weights cut over the slice, as many sequences at a time as have room.
 
     A sequence lies on one device, or on as few as have room for it and leave the batch divisible. Experts are
-    distributed over as many devices as divide both, where their tokens are fewer bytes than their weights; the rest of
-    the cut is fsdp's. On a 3D torus the weights are cut over half of the slice: over all of it libtpu gathers by
-    all-reduce, at twice the bytes.
+    distributed over as many devices as share them (nearly) evenly, where their tokens are fewer bytes than their
+    weights; the rest of the cut is fsdp's. On a 3D torus the weights are cut over half of the slice: over all of it
+    libtpu gathers by all-reduce, at twice the bytes.
     """
     context = _context(run, where)
     devices = where.devices // where.slices // (2 if where.chip.torus == 3 and where.chips > 8 else 1) // context
@@ -36,7 +39,7 @@ def laid_out(run: RunConfig, where: Topology) -> RunConfig:
     moe = run.model.moe
     weights = 3 * moe.n_routed_experts * moe.moe_intermediate_size  # both of these times hidden_size
     tokens = 2 * moe.capacity_factor * moe.num_experts_per_tok * at_once * run.data.seq_len // context
-    experts = math.gcd(moe.n_routed_experts, devices) if weights > tokens else 1
+    experts = _owners(moe.n_routed_experts, devices) if weights > tokens else 1
     return replace(
         run,
         train__mesh_data=-1,
@@ -46,6 +49,11 @@ def laid_out(run: RunConfig, where: Topology) -> RunConfig:
         train__mesh_tensor=1,
         train__grad_accum=sequences // at_once,
     )
+
+
+def _owners(experts: int, devices: int) -> int:
+    """The most devices for an expert each or several, all alike but for the last; 1 if there are none."""
+    return max(n for n in range(1, max(experts, 1) + 1) if devices % n == 0 and -experts % n <= UNEVEN * experts)
 
 
 def _context(run: RunConfig, where: Topology) -> int:

@@ -23,6 +23,8 @@ from engram_jax.sharding import BATCH, LOGICAL_TO_MESH, in_use, platform, spec
 from engram_jax.transports import default_transport
 
 STORAGE = LOGICAL_TO_MESH["expert_embed"]
+EMBED_DIMS = (1, 1, 2)
+"""Of gate_edf, up_edf and down_efd, the dim that is cut in storage only."""
 
 
 class Buffer(nnx.Variable):
@@ -130,6 +132,36 @@ def blocked(x_ND, expert_ids_NK, weights_NK, gate_edf, up_edf, down_efd):
     blocks = x_SD.reshape(-1, block, D), weights_S.reshape(-1, block, 1)
     y_SD = _block_experts(*blocks, slots.expert_of_block, gate_edf, up_edf, down_efd).reshape(-1, D)
     return sum_rows(y_SD, slots.token_S, slots.slot_NK).astype(x_ND.dtype)
+
+
+def stored_specs(num_experts: int) -> tuple[P | None, P | None]:
+    """Where gate_edf and up_edf lie, and where down_efd does.
+
+    Whole experts with their owners, if they divide over the mesh axis `expert`. Else that axis, too, cuts what is cut
+    in storage only, and the owners receive their experts as they gather them (`owned`).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    divides = mesh.empty or num_experts % mesh.shape["expert"] == 0
+    experts, embed = ("experts", "expert_embed") if divides else (None, "embed")
+    return spec(experts, embed, "ffn"), spec(experts, "ffn", embed)
+
+
+def owned(experts: tuple[jax.Array, ...], num_experts: int) -> tuple[jax.Array, ...]:
+    """This device's experts, whole, from its part of the stored weights, inside shard_map.
+
+    The last owner may have fewer of the `num_experts`, and zeros for the rest. The gradient's way back is a
+    reduce-scatter.
+    """
+    if missing := -num_experts % jax.lax.axis_size("expert"):
+        experts = tuple(
+            jax.lax.all_to_all(
+                jnp.pad(w, [(0, missing), (0, 0), (0, 0)]), "expert", split_axis=0, concat_axis=dim, tiled=True
+            )
+            for w, dim in zip(experts, EMBED_DIMS, strict=True)
+        )
+    return tuple(
+        jax.lax.all_gather(w, STORAGE, axis=dim, tiled=True) for w, dim in zip(experts, EMBED_DIMS, strict=True)
+    )
 
 
 FORMS = {"every_expert": every_expert, "ragged": ragged, "blocked": blocked}
@@ -241,7 +273,7 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         moe, D, E, F = config.moe, config.hidden_size, config.moe.n_routed_experts, config.moe.moe_intermediate_size
         std, out_std = config.initializer_range, config.initializer_range * (2 * config.num_hidden_layers) ** -0.5
-        into, out = spec("experts", "expert_embed", "ffn"), spec("experts", "ffn", "expert_embed")
+        into, out = stored_specs(E)
         self.router_de = nnx.Param(normal(std)(rngs.params(), (D, E), jnp.float32, out_sharding=spec("embed", None)))
         self.gate_edf = nnx.Param(normal(std)(rngs.params(), (E, D, F), jnp.float32, out_sharding=into))
         self.up_edf = nnx.Param(normal(std)(rngs.params(), (E, D, F), jnp.float32, out_sharding=into))
@@ -271,10 +303,7 @@ class MoE(nnx.Module):
             x_ND, ids_NK, weights_NK = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, ids_BTK, weights_BTK))
             if mesh.empty:
                 return form(x_ND, ids_NK, weights_NK, *experts).reshape(x_BTD.shape), jnp.zeros((), jnp.int32)
-            # Gathered here, where the gradient's way back is a reduce-scatter.
-            gate_edf, up_edf, down_efd = (w.astype(x_ND.dtype) for w in experts)
-            gate_edf, up_edf = (jax.lax.all_gather(w, STORAGE, axis=1, tiled=True) for w in (gate_edf, up_edf))
-            experts = gate_edf, up_edf, jax.lax.all_gather(down_efd, STORAGE, axis=2, tiled=True)
+            experts = owned(tuple(w.astype(x_ND.dtype) for w in experts), self.config.n_routed_experts)
             if mesh.shape["expert"] == 1:
                 y_ND, carried = form(x_ND, ids_NK, weights_NK, *experts), jnp.zeros((), jnp.int32)
             else:
@@ -287,7 +316,7 @@ class MoE(nnx.Module):
         if not mesh.empty:
             act = spec("batch", "seq", "act")
             arrays = tuple(jax.reshard(a, act) for a in arrays)
-            into, out = spec("experts", "expert_embed", "ffn"), spec("experts", "ffn", "expert_embed")
+            into, out = stored_specs(self.config.n_routed_experts)
             # Every device sorts its own tokens. check_vma=False: the hand-written gradients know no mesh axes;
             # shard_map sums the experts' gradients over the axes along which they are copies all the same.
             specs = (act, act, act, into, into, out)

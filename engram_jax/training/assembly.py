@@ -138,7 +138,6 @@ def _mesh(config: RunConfig, devices: Sequence[Any] | None) -> Mesh:
     for field, size, axes in (
         ("model.hidden_size", model.hidden_size, ("fsdp", "expert", "context")),
         ("data.seq_len", config.data.seq_len, ("context", "tensor")),
-        ("model.moe.n_routed_experts", moe.n_routed_experts, ("expert",)),
         ("model.vocab_size", model.vocab_size, ("tensor",)),
         ("model.attention.num_attention_heads", model.attention.num_attention_heads, ("tensor",)),
         ("model.attention.num_key_value_heads", kv_heads, ("tensor",)),
@@ -148,6 +147,12 @@ def _mesh(config: RunConfig, devices: Sequence[Any] | None) -> Mesh:
         factor = math.prod(mesh.shape[axis] for axis in axes)
         settings = " x ".join(f"train.mesh_{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
         require(size % factor == 0, f"{field}={size} is not a multiple of {settings}: choose factors of it.")
+    idle = -moe.n_routed_experts % train.mesh_expert
+    require(
+        8 * idle <= moe.n_routed_experts,
+        f"model.moe.n_routed_experts={moe.n_routed_experts} over train.mesh_expert={train.mesh_expert} leaves {idle} "
+        "places for experts idle, and an eighth of the experts is the most: choose a factor of it, or nearly one.",
+    )
     engram = model.engram
     reach = max(engram.engram_kernel_size - 1, 0) * engram.engram_max_ngram_size if engram.enabled else 0
     require(

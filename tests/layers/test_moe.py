@@ -10,7 +10,17 @@ import pytest
 from flax import nnx
 
 from engram_jax.config import ModelConfig, MoEConfig
-from engram_jax.layers.moe import Buffer, MoE, balance_stats, blocked, every_expert, ragged, route, updated_bias
+from engram_jax.layers.moe import (
+    Buffer,
+    MoE,
+    balance_stats,
+    blocked,
+    every_expert,
+    ragged,
+    route,
+    stored_specs,
+    updated_bias,
+)
 from engram_jax.sharding import make_mesh, spec
 
 pytestmark = pytest.mark.newest
@@ -206,7 +216,7 @@ def run_sharded(mesh, make_layer, x, segments):
         x = jax.device_put(x, jax.NamedSharding(mesh, spec("batch", "seq", "act")))
         segments = jax.device_put(segments, jax.NamedSharding(mesh, spec("batch", "seq")))
         got = run(make_layer(), x, segments)
-        assert jax.typeof(got[1]["gate_edf"]).sharding.spec == spec("experts", "expert_embed", "ffn")
+        assert jax.typeof(got[1]["gate_edf"]).sharding.spec == stored_specs(len(got[1]["gate_edf"]))[0]
     return expected, got
 
 
@@ -223,6 +233,21 @@ def test_a_mesh_gives_the_single_device_output_stats_and_gradients(mesh, impleme
         mesh, lambda: make(implementation=implementation, n_routed_experts=8, capacity_factor=9.0), x, segments
     )
     assert_equal(expected, got)
+
+
+@pytest.mark.parametrize("axes", [{"expert": 8}, {"fsdp": 2, "expert": 4}, {"expert": 2, "context": 2, "tensor": 2}])
+def test_experts_that_do_not_divide_are_the_single_devices(axes):
+    """7 of them: the last owner has one less than the others."""
+    x = jax.random.normal(jax.random.key(1), (8, 6, 16))
+    segments = jnp.asarray([[1, 1, 1, 0, 0, 0]] * 3 + [[1] * 6] * 5)
+    mesh = make_mesh(1, **{"fsdp": 1} | axes)
+    expected, got = run_sharded(mesh, lambda: make(n_routed_experts=7, capacity_factor=0.7), x, segments)
+    with jax.set_mesh(mesh):
+        assert stored_specs(7) == (spec(None, "embed", "ffn"), spec(None, "ffn", "embed")) != stored_specs(8)
+    (_, grads, _) = got
+    assert jax.typeof(grads["gate_edf"]).shape[0] == 7
+    stats = dataclasses.replace(got[0][1], carried=expected[0][1].carried)
+    assert_equal(expected, ((got[0][0], stats), *got[1:]))
 
 
 @pytest.mark.parametrize("favourite", [0, pytest.param(5, marks=pytest.mark.slow)])

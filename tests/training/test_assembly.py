@@ -20,7 +20,7 @@ from engram_jax.training.assembly import assemble
         ({"train__mesh_fsdp": 8, "model__hidden_size": 28}, r"model.hidden_size=28 .* train.mesh_fsdp=8"),
         ({"train__mesh_fsdp": 3}, r"fsdp=3 does not use all 8 devices"),
         ({"train__mesh_data": 4, "train__mesh_fsdp": 4}, r"data=4 x fsdp=4 does not use all 8 devices"),
-        ({"train__mesh_expert": 8}, r"n_routed_experts=4 .* train.mesh_expert=8"),
+        ({"train__mesh_expert": 8}, r"n_routed_experts=4 .* train.mesh_expert=8 leaves 4 places"),
         ({"train__mesh_expert": 2, "model__moe__n_routed_experts": 0}, r"mesh_expert=2, but the model has no experts"),
         ({"train__mesh_tensor": 8}, r"vocab_size=300 .* train.mesh_tensor=8"),
         ({"train__mesh_tensor": 4}, r"num_attention_heads=2 .* train.mesh_tensor=4"),
