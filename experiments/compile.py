@@ -8,7 +8,10 @@
                          name an axis of the mesh or --train.grad_accum.
   --slices N             N such slices, joined by the slower network; the mesh's data axis counts over them first
   --programs train eval  which steps (default: these); decode: a token each for data.batch_size sequences of seq_len
-  --suggest              if it does not fit: compile the standard remedies, and rank what fits by its estimated time
+  --quick                stop when memory is assigned, after a minute instead of ten (of a model of 27 B): without the
+                         compiler's own cycles and the proof that every kernel fits the chip's VMEM
+  --suggest              if it does not fit: compile the standard remedies, quickly, and rank what fits by its
+                         estimated time
   --out DIR              where NAME-TOPOLOGY.json and .md go (default compile/)
   --keep_hlo             the programs' text beside them
   --matrix               the paper's models on the usual slices, into docs/pods.md; goes on where it was interrupted
@@ -72,7 +75,8 @@ def run(arguments: list[str]) -> int:
 
     from engram_jax.aot.render import headline, page
 
-    report = compile_report(config, where, options.programs, options.out if options.keep_hlo else None)
+    keep_hlo = options.out if options.keep_hlo else None
+    report = compile_report(config, where, options.programs, keep_hlo, quick=options.quick)
     print(page(report), flush=True)
     print(f"\nWritten: {write(report, options.out)}")
     if not report["fits"] and options.suggest:
@@ -98,6 +102,7 @@ def _options(rest: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--topology")
     parser.add_argument("--slices", type=int, default=1)
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS))
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--suggest", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("compile"))
     parser.add_argument("--keep_hlo", "--keep-hlo", action="store_true")
@@ -111,8 +116,9 @@ def compile_report(
     keep_hlo: Path | None = None,
     compile_programs: Compile | None = None,
     detail: bool = True,
+    quick: bool = False,
 ) -> dict[str, Any]:
-    """All that is known of this run on these chips.
+    """All that is known of this run on these chips; `detail` and `quick` as compile_apart has them.
 
     Raises:
       ConfigError: the config does not fit the chips (batch, mesh, heads, experts, vocabulary); nothing was compiled.
@@ -121,7 +127,7 @@ def compile_report(
     from engram_jax.aot.child import compile_apart
     from engram_jax.aot.remedies import advice
 
-    reports = (compile_programs or compile_apart)(config, where, programs, keep_hlo, detail)
+    reports = (compile_programs or compile_apart)(config, where, programs, keep_hlo, detail, quick)
     fits = all(r["memory"]["fits"] and r.get("host", {"fits": True})["fits"] for r in reports.values())
     mesh = next((r["mesh"] for r in reports.values() if "mesh" in r), {})
     return {
@@ -161,7 +167,10 @@ def suggest(
     for number, remedy in enumerate(candidates, 1):
         print(f"suggest {number}/{len(candidates)}: {remedy}", flush=True)
         try:
-            tried.append((remedy, compile_report(remedy.apply(config), where, programs, None, compile_programs, False)))
+            report = compile_report(
+                remedy.apply(config), where, programs, None, compile_programs, detail=False, quick=True
+            )
+            tried.append((remedy, report))
         except (ConfigError, RunError) as error:
             print(f"  refused: {error}", flush=True)
             tried.append((remedy, None))

@@ -4,8 +4,8 @@
   python -m experiments.compile --matrix engram_27b v5p-64   only cells whose model or slice is named
   python -m experiments.compile --matrix --table             the table alone, from the cells there are
 
-A cell takes minutes. Each is kept as JSON in `experiments/results/matrix/` under a name that holds a hash of its
-settings, so an interrupted matrix goes on, and a changed run is compiled again.
+A cell takes a minute or two: no code is generated (--quick). Each is kept as JSON in `experiments/results/matrix/`
+under a name that holds a hash of its settings, so an interrupted matrix goes on, and a changed run is compiled again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def write_matrix(arguments: Sequence[str], compile_programs: Compile | None = No
         print(f"matrix {number}/{len(cells)}: {model} on {name} ...", flush=True)
         start = time.perf_counter()
         try:
-            report = compile_report(config, where, ["train"], None, compile_programs)
+            report = compile_report(config, where, ["train"], None, compile_programs, quick=True)
         except (ConfigError, RunError) as error:
             print(f"  {error}", flush=True)
             failed = 1
@@ -101,9 +101,8 @@ def _cell(report: dict[str, Any]) -> list[str]:
     train = report["programs"]["train"]
     mesh = " ".join(f"{axis} {n}" for axis, n in report["mesh"].items() if n > 1)
     memory, parts = train["memory"], str(report["config"]["train"]["grad_accum"])
-    is_bound = "reported" not in memory  # a cell of before the buffer assignment was read: fits, or nobody knows
-    verdict = "fits" if report["fits"] else "not known" if is_bound else "too large"
-    needed = [f"{'at most ' * is_bound}{size(memory['needed'])} of {size(memory['available'])}", verdict]
+    verdict = "fits" if report["fits"] else "too large"
+    needed = [f"{size(memory['needed'])} of {size(memory['available'])}", verdict]
     if "times" not in train:
         return [mesh, parts, *needed, "", "", "", "", ""]
     low, high = (train["times"]["estimates"][name] for name in ("overlapped", "in turn"))

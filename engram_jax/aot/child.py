@@ -31,19 +31,31 @@ ENVIRONMENT = {
 
 
 def compile_apart(
-    config: RunConfig, where: Topology, programs: Sequence[str], keep_hlo: Path | None = None, detail: bool = True
+    config: RunConfig,
+    where: Topology,
+    programs: Sequence[str],
+    keep_hlo: Path | None = None,
+    detail: bool = True,
+    quick: bool = False,
 ) -> dict[str, Any]:
-    """The report of this run on these chips (report.py), by program. `detail` also breaks down what does not fit.
+    """The report of this run on these chips (report.py), by program.
+
+    Args:
+      detail: also breaks down what does not fit.
+      quick: without generating code (lowering.compiled).
 
     Raises:
       ConfigError: the config does not fit the chips; nothing was compiled.
       RunError: the compiler refused or ended the process; the message is its own last words.
     """
+    if quick and len(programs) > 1:  # a compiler that goes on would slow down the next one
+        return {p: compile_apart(config, where, [p], keep_hlo, detail, quick)[p] for p in programs}
     ordered = {
         "config": to_dict(config),
         "topology": [where.libtpu, where.slices],
         "programs": list(programs),
         "detail": detail,
+        "quick": quick,
         "keep_hlo": str(keep_hlo.resolve()) if keep_hlo else None,
     }
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | ENVIRONMENT
@@ -103,7 +115,7 @@ def _child(ordered: dict[str, Any]) -> dict[str, Any]:
             for program in ordered["programs"]:
                 given = decode_arguments(parts, arguments(parts)) if program == DECODE else arguments(parts)
                 try:
-                    done = compiled(lower(program, parts, given), ordered["detail"])
+                    done = compiled(lower(program, parts, given), ordered["detail"], ordered["quick"])
                 except TooLarge as error:
                     reports[program] = too_large_report(error, given.named(), parts, where)
                     continue
@@ -124,3 +136,5 @@ if __name__ == "__main__":
     with contextlib.redirect_stdout(sys.stderr):
         result = _child(work)
     Path(work["answer"]).write_text(json.dumps(result))
+    if work["quick"]:
+        os._exit(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -178,7 +179,7 @@ def lower(program: str, parts: Parts, given: Arguments | DecodeArguments) -> jax
 class Compiled:
     text: str
     sizes: Any
-    """The compiler's memory analysis, of one device."""
+    """The compiler's memory analysis, of one device; None if it was stopped before it generated code."""
     seconds: float
     allocated: int = 0
     """Bytes of one device's HBM that its buffer assignment takes, arguments and results with the rest; 0: unknown."""
@@ -195,15 +196,20 @@ class TooLarge(Exception):
         """Bytes of one device; 0 if the message doesn't say."""
 
 
-def compiled(lowered: jax.stages.Lowered, detail: bool = True) -> Compiled:
+def compiled(lowered: jax.stages.Lowered, detail: bool = True, quick: bool = False) -> Compiled:
     """With `detail`, compiles even what exceeds the chip's memory, to say where: it takes that long again.
+
+    `quick` is content when buffers are assigned. Generating code, for minutes more (engram_27b: 8 of 9), adds the
+    compiler's cycles, the size of the code, and the proof that every kernel fits the chip's VMEM. The compiler can't be
+    stopped: it goes on in a thread, so end the process by `os._exit`.
 
     Raises:
       TooLarge: it exceeds the chip's memory, and the compiler won't go on.
     """
     start, is_accepted = time.perf_counter(), True
+    run = _assigned if quick else _compile
     try:
-        done, size = _compile(lowered)
+        done = run(lowered)
     except jax.errors.JaxRuntimeError as error:
         if "Ran out of memory" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -211,18 +217,48 @@ def compiled(lowered: jax.stages.Lowered, detail: bool = True) -> Compiled:
             raise TooLarge(str(error)) from None
         is_accepted = False
         try:
-            done, size = _compile(lowered, xla_tpu_no_crash_on_oom="true")
+            done = run(lowered, xla_tpu_no_crash_on_oom="true")
         except jax.errors.JaxRuntimeError:
             raise TooLarge(str(error)) from None
-    seconds = time.perf_counter() - start
-    return Compiled(done.as_text() or "", done.memory_analysis(), seconds, size, is_accepted)
+    text, sizes, size = done
+    return Compiled(text, sizes, time.perf_counter() - start, size, is_accepted)
 
 
-def _compile(lowered: jax.stages.Lowered, **options: Any) -> tuple[jax.stages.Compiled, int]:
-    """The program, and what its buffer assignment takes: only a dump says that."""
+def _compile(lowered: jax.stages.Lowered, **options: Any) -> tuple[str, Any, int]:
+    """Text, memory analysis, and what the buffer assignment takes: only a dump says that."""
     with tempfile.TemporaryDirectory() as folder:
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        return lowered.compile(compiler_options={**dump, **options}), allocated(Path(folder))
+        done = lowered.compile(compiler_options={**_dumped_to(folder), **options})
+        return done.as_text() or "", done.memory_analysis(), allocated(Path(folder))
+
+
+def _assigned(lowered: jax.stages.Lowered, **options: Any) -> tuple[str, None, int]:
+    """The same from the dump alone, as soon as it has the buffer assignment."""
+    errors: list[Exception] = []
+    name = lowered.compiler_ir().operation.attributes["sym_name"].value  # type: ignore[union-attr]
+
+    def go_on(folder: str) -> None:
+        try:
+            lowered.compile(compiler_options={**_dumped_to(folder), **options})
+        except Exception as error:
+            errors.append(error)
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        compiler = threading.Thread(target=go_on, args=(folder,), daemon=True)
+        compiler.start()
+        text = ""
+        while not text.endswith("}"):  # until the file is there, whole; other programs than the step may have theirs
+            is_over = not compiler.is_alive()
+            if errors:
+                raise errors[0]
+            files = list(Path(folder).glob(f"*.{name}.*after_optimizations_after_buffer_assignment.txt"))
+            text = files[0].read_text().rstrip() if files else ""
+            assert text or not is_over, "the compiler left no buffer assignment"
+            compiler.join(0.5)
+        return text, None, allocated(Path(folder))
+
+
+def _dumped_to(folder: str) -> dict[str, Any]:
+    return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
 
 
 def allocated(folder: Path) -> int:

@@ -40,6 +40,7 @@ def hbm(module: hlo.Module, compiled: Compiled, where: Topology) -> dict[str, An
 
     `fits` is the compiler's own verdict: it refuses a program that exceeds the chip. `needed` is what its buffer
     assignment allocates. `reported`, its memory analysis, is larger: it counts what lies idle between arrays twice.
+    Where no code was generated, neither that nor the code's size is known, and results count as temporaries.
     """
     entry, each, sizes = module.computations[module.entry], where.chip.devices, compiled.sizes
     groups = Counter(dict.fromkeys(dict.fromkeys(ARGUMENTS.values()), 0))
@@ -47,17 +48,20 @@ def hbm(module: hlo.Module, compiled: Compiled, where: Topology) -> dict[str, An
         if i.opcode == "parameter" and i.shapes[0].space != HOST:
             groups[_group(i.scope)] += i.shapes[0].padded_bytes
     arguments = sum(groups.values())
-    results = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
-    code = sizes.generated_code_size_in_bytes
+    results = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes) if sizes else 0
+    code = sizes.generated_code_size_in_bytes if sizes else 0
     temporaries = compiled.allocated - arguments - results if compiled.allocated else sizes.temp_size_in_bytes
     kept = min(activations(module), temporaries)
     groups |= {"activations": kept, "temporaries": temporaries - kept, "results": results, "code": code}
     groups = {name: each * size for name, size in groups.items() if size}
+    analysis = {}
+    if sizes:
+        analysis["reported"] = each * (arguments + results + code + sizes.temp_size_in_bytes)
+        analysis["peak"] = each * (getattr(sizes, "peak_memory_in_bytes", 0) or 0)
     return {
         "groups": groups,
         "needed": sum(groups.values()),
-        "reported": each * (arguments + results + code + sizes.temp_size_in_bytes),
-        "peak": each * (getattr(sizes, "peak_memory_in_bytes", 0) or 0),
+        **analysis,
         "available": where.chip.hbm_bytes,
         "fits": compiled.is_accepted,
     }
@@ -122,15 +126,20 @@ def largest_buffers(module: hlo.Module, number: int = 12) -> list[dict[str, Any]
     return [{"array": what, "bytes": size, "scope": scope} for (what, scope), size in ordered]
 
 
-def host(sizes: Any, parts: Parts, where: Topology) -> dict[str, Any]:
+def host(module: hlo.Module, compiled: Compiled, parts: Parts, where: Topology) -> dict[str, Any]:
     """Bytes of one host's memory that the tables take. What the data pipeline takes is not known here."""
-    each = where.chip.devices * where.chip.chips_per_host
-    tables = each * (
-        sizes.host_argument_size_in_bytes + sizes.host_output_size_in_bytes - sizes.host_alias_size_in_bytes
-    )
+    each, sizes = where.chip.devices * where.chip.chips_per_host, compiled.sizes
+    if sizes:
+        in_program = sizes.host_argument_size_in_bytes + sizes.host_output_size_in_bytes
+        in_program -= sizes.host_alias_size_in_bytes
+    else:  # a step that copied a table would be told by its temporaries, which are unknown here
+        entry = module.computations[module.entry].instructions.values()
+        arguments = (i.shapes[0] for i in entry if i.opcode == "parameter")
+        in_program = sum(shape.padded_bytes for shape in arguments if shape.space == HOST)
+    tables = each * in_program
     if not parts.store.placement.in_program:
         tables = parts.store.num_bytes // where.hosts
-    needed = tables + each * sizes.host_temp_size_in_bytes
+    needed = tables + (each * sizes.host_temp_size_in_bytes if sizes else 0)
     return {
         "tables": tables,
         "needed": needed,
