@@ -5,7 +5,8 @@
   --budget C        training FLOPs, C = 6 x active parameters x tokens, as the paper counts: 1e14 to 1e23
   --topology NAME   v5p-64 (numbers are chips), or the slice's shape: v5p:4x4x4. A wrong one lists those there are.
   --kinds moe ...   which of dense, moe, engram (default: all)
-  --compile         asks the TPU compiler for memory and time (minutes for each kind; needs libtpu: uv run --extra tpu).
+  --compile         asks the TPU compiler for memory and time (a minute or two for each kind; needs libtpu:
+                    uv run --extra tpu).
                     Without, both are estimates from counts, and say so.
   --json            the plan as JSON, configs included
   --corpus PATH --tokenizer FILE --run_dir gs://BUCKET/FOLDER   go into the commands, which otherwise name variables
@@ -93,8 +94,10 @@ def run(arguments: list[str], compile_programs: Compile | None = None) -> int:
     made = {kind: made[kind] for kind in scaling.KINDS if kind in options.kinds}
     if options.compile:
         for kind, planned in made.items():
-            print(f"Compiling {planned.run.name} for {where}: minutes.", file=sys.stderr, flush=True)
-            report = compile_report(planned.run, where, ("train",), compile_programs=compile_programs, detail=False)
+            print(f"Compiling {planned.run.name} for {where}: a minute or two.", file=sys.stderr, flush=True)
+            report = compile_report(
+                planned.run, where, ("train",), compile_programs=compile_programs, detail=False, quick=True
+            )
             made[kind] = dataclasses.replace(planned, report=report)
     text = {"corpus": options.corpus, "tokenizer": options.tokenizer, "run_dir": options.run_dir}
     if options.json:
@@ -208,7 +211,7 @@ def page(
         "At the peak no run can be faster.",
     ]
     if not one.report:
-        lines.append("--compile asks the TPU compiler, in minutes.")
+        lines.append("--compile asks the TPU compiler, in a minute or two for each.")
     for planned in made.values():
         lines += ["", f"# {planned.run.name}", *commands(planned.run, where, **text)]
     return "\n".join(lines)

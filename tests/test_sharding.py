@@ -55,7 +55,7 @@ def test_spec_is_none_outside_a_mesh():
 def test_spec_names_mesh_axes():
     with jax.set_mesh(make_mesh(fsdp=4)):
         assert spec("batch", "seq", "act") == P(BATCH, "context", None)
-        assert spec("embed", None) == P(("fsdp", "expert", "context"), None)
+        assert spec("embed", None) == P(("fsdp", "context", "expert"), None)
         with pytest.raises(KeyError):
             spec("embedding")
 

@@ -71,9 +71,10 @@ def _short_conv_backward(dilation, eps, cut, residuals, d_y_BTMD):
     # Stream by stream: of all at once libtpu 0.0.42 once chose a layout in which d_mixed took 0.5 s instead of 1.5 ms.
     for m in range(gate.shape[2]):
         d_y, scales_K = wide(d_y_BTMD[:, :, m]), [tap[:, :, m, None] for tap in scales]
+        weights_K = weight_KMD[:, m][:, None, None]
         mixed = sum(
             (tap * weight) * shift(value, distance, cut)
-            for tap, weight, distance in zip(scales_K, weight_KMD[:, m], _distances(taps, dilation), strict=True)
+            for tap, weight, distance in zip(scales_K, weights_K, _distances(taps, dilation), strict=True)
         )
         sigmoid = jax.nn.sigmoid(mixed)
         d_mixed = d_y * sigmoid * (1 + mixed * (1 - sigmoid))
@@ -85,7 +86,7 @@ def _short_conv_backward(dilation, eps, cut, residuals, d_y_BTMD):
         )
         # The convolution's transpose once, then one sum for each of its two factors.
         d_normed = jnp.zeros((), value.dtype)
-        for weight, distance in zip(weight_KMD[:, m], _distances(taps, dilation), strict=True):
+        for weight, distance in zip(weights_K, _distances(taps, dilation), strict=True):
             d_tap = d_mixed
             if segment_ids_BT is not None:
                 d_tap = d_tap * (shift(segment_ids_BT, distance, cut) == segment_ids_BT)[..., None]

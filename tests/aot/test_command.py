@@ -17,7 +17,7 @@ GB = 10**9
 def played(needs, seconds=lambda config: 1.0, host=lambda config: 0):
     """A compiler for which `needs(config)` bytes and `seconds(config)` are what a step takes."""
 
-    def compile_programs(config, where, programs, keep_hlo=None, detail=True):
+    def compile_programs(config, where, programs, keep_hlo=None, detail=True, quick=False):
         needed, available = needs(config), where.chip.hbm_bytes
         estimates = {
             name: {"seconds": seconds(config), "mfu": 0.5, "chip_hours": 1.0}

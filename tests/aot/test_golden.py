@@ -33,6 +33,21 @@ def test_a_step_does_not_grow(case):
         assert now["sent"][kind] <= ROOM * before["sent"].get(kind, 0) + 1e4, kind
 
 
+@pytest.mark.parametrize("case", ["v5p-4-expert", "v5p-8-host"])
+def test_what_is_known_before_code_is_generated_is_what_is_known_after(case):
+    where, program, config = CASES[case]
+    before, after = (compile_apart(config, topology(where), [program], quick=quick)[program] for quick in (True, False))
+    assert before["flops"] == after["flops"] and before["collectives"] == after["collectives"]
+    assert before["bytes"]["hbm"] == pytest.approx(after["bytes"]["hbm"], rel=0.01)
+    groups = after["memory"]["groups"]
+    code = groups.pop("code")
+    groups["temporaries"] += groups.pop("results", 0)
+    assert before["memory"]["groups"] == groups and before["memory"]["needed"] == after["memory"]["needed"] - code
+    assert before["host"]["tables"] == after["host"]["tables"]
+    estimates = before["times"]["estimates"]
+    assert estimates.keys() == after["times"]["estimates"].keys() - {"compiler"} and before["costliest"] == []
+
+
 def test_tables_are_on_the_chip_or_on_the_host():
     on_chip, on_host = (json.loads((FOLDER / f"{case}.json").read_text()) for case in ("v5p-4-expert", "v5p-8-host"))
     rows, words = 8 * 1_000_000, 64 * 3 + 2  # two orders of four heads; Adam's moments, the last step and the uses

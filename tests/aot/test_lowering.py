@@ -1,6 +1,9 @@
 """What becomes of programs that the compiler gives up, and the tokenizer that stands in for a real one."""
 
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -61,6 +64,41 @@ def test_what_the_compiler_accepts_is_compiled_once():
     lowered = Lowered()
     assert compiled(lowered).is_accepted  # type: ignore[arg-type]
     assert lowered.options == [set()]
+
+
+class Slow:
+    """A program whose buffers are assigned soon and whose code is never done."""
+
+    def __init__(self, error=None):
+        self.error, self.done = error, threading.Event()
+
+    def compiler_ir(self):
+        text = {"sym_name": SimpleNamespace(value="jit_step")}
+        return SimpleNamespace(operation=SimpleNamespace(attributes=text))
+
+    def compile(self, compiler_options):
+        folder = Path(compiler_options["xla_dump_to"])
+        (folder / "module_0000.jit_iota.after_optimizations_after_buffer_assignment.txt").write_text(
+            "HloModule a {\n}\n"
+        )
+        if self.error:
+            raise jax.errors.JaxRuntimeError(self.error)
+        (folder / "module_0001.jit_step.after_optimizations-buffer-assignment.txt").write_text(ASSIGNMENT)
+        file = folder / "module_0001.jit_step.cl_1.after_optimizations_after_buffer_assignment.txt"
+        file.write_text("HloModule b {\n")
+        time.sleep(0.8)
+        file.write_text("HloModule b {\n}\n")
+        self.done.wait(60)
+
+
+def test_the_quick_answer_does_not_wait_for_code():
+    slow = Slow()
+    done = compiled(slow, quick=True)  # type: ignore[arg-type]
+    assert not slow.done.is_set() and done.is_accepted
+    assert (done.text, done.sizes, done.allocated) == ("HloModule b {\n}", None, ALLOCATED)
+    slow.done.set()
+    with pytest.raises(TooLarge, match=r"33\.00G"):
+        compiled(Slow(REFUSED), detail=False, quick=True)  # type: ignore[arg-type]
 
 
 def test_the_largest_program_of_a_dump_counts_and_without_one_the_size_is_unknown(tmp_path):

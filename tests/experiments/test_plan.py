@@ -143,7 +143,7 @@ def test_a_small_step_is_not_estimated_to_take_no_time():
     assert needs.chip_hours == pytest.approx(5e-3 * build("moe_2e14").train.steps * 4 / 3600)
 
 
-def fake_compiler(config, where, programs, keep_hlo, detail):
+def fake_compiler(config, where, programs, keep_hlo, detail, quick):
     """What experiments/compile.py is told of a step, of this size and these times."""
     assert programs == ("train",) and config.train.mesh_fsdp > 1
     estimates = {name: {"seconds": s, "mfu": 0.5, "chip_hours": 100 * s} for name, s in TIMES.items()}
