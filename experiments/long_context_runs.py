@@ -82,8 +82,7 @@ def _paper_32k(run: RunConfig, name: str) -> RunConfig:
 def moe_27b_32k() -> RunConfig:
     """The long-context stage of the paper's MoE-27B: 32,768 tokens, 5,000 steps.
 
-    Command:  python -m experiments.run moe_27b_32k --data.corpus ... --slice v5p-64 --train.mesh_fsdp 16
-                  --train.mesh_context 2 --train.grad_accum 6
+    Command:  python -m experiments.run moe_27b_32k --data.corpus ... --slice v5p-64
     Cost:     1.7e21 FLOPs; a pod; needs runs/moe_27b.
     Expected: the baseline of the paper's long-context table (LongPPL, RULER).
     """
@@ -94,8 +93,7 @@ def moe_27b_32k() -> RunConfig:
 def engram_27b_32k() -> RunConfig:
     """The long-context stage of the paper's Engram-27B: 32,768 tokens, 5,000 steps.
 
-    Command:  python -m experiments.run engram_27b_32k --data.corpus ... --slice v5p-64 --train.mesh_fsdp 16
-                  --train.mesh_context 2 --train.grad_accum 6
+    Command:  python -m experiments.run engram_27b_32k --data.corpus ... --slice v5p-64
     Cost:     about moe_27b_32k's; needs runs/engram_27b.
     Expected: better than moe_27b_32k on LongPPL and RULER.
     """

@@ -235,7 +235,14 @@ def test_a_mesh_gives_the_single_device_output_stats_and_gradients(mesh, impleme
     assert_equal(expected, got)
 
 
-@pytest.mark.parametrize("axes", [{"expert": 8}, {"fsdp": 2, "expert": 4}, {"expert": 2, "context": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"expert": 2, "context": 2, "tensor": 2},
+        pytest.param({"fsdp": 2, "expert": 4}, marks=pytest.mark.slow),
+        pytest.param({"expert": 8}, marks=pytest.mark.slow),
+    ],
+)
 def test_experts_that_do_not_divide_are_the_single_devices(axes):
     """7 of them: the last owner has one less than the others."""
     x = jax.random.normal(jax.random.key(1), (8, 6, 16))
