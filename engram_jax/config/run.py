@@ -159,8 +159,8 @@ class TrainConfig:
     mesh_fsdp: int = 1
     """Devices over which parameters are sharded."""
     mesh_expert: int = 1
-    """Devices over which routed experts are distributed; other parameters are sharded over them too. Need not divide the
-    experts: up to an eighth of them may be missing for an even share."""
+    """Devices over which routed experts are distributed; other parameters are sharded over them too. Need not
+    divide the experts: up to an eighth of them may be missing for an even share."""
     mesh_context: int = 1
     """Devices over which each sequence is cut."""
     mesh_tensor: int = 1
