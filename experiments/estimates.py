@@ -14,7 +14,7 @@ from experiments.slices import PER_STREAM_BYTE
 
 KEPT_BLOCKS = 8
 """Without recomputation the backward pass keeps of a block so many times its input (as experiments/slices.py)."""
-MFU = {"v4": 0.3, "v5e": 0.15, "v5p": 0.4, "v6e": 0.08, "7x": 0.18}
+MFU = {"v4": 0.3, "v5e": 0.2, "v5p": 0.38, "v6e": 0.1, "7x": 0.24}
 """Share of the chip's peak that is assumed: the lower ends that compiling the paper's models gives (docs/pods.md);
 for v4, where nothing was compiled, between v5e and v5p as its network is. None was measured."""
 SURE, SURE_WITH_EXCHANGE, HOPELESS = 0.8, 0.5, 1.2

@@ -171,8 +171,9 @@ def hbm_bytes(module: Module, computation: Computation, i: Instruction) -> float
         return 0.0
     if i.opcode == "custom-call" and any(word in i.attributes for word in _NO_WORK):
         return 0.0
-    if i.opcode in ("copy-start", "slice-start"):  # (to, from, flag): each side in its own memory
-        return float(sum(s.padded_bytes for s in i.shapes[:2] if s.space == HBM and s.dims))
+    if i.opcode in ("copy-start", "slice-start"):  # (to, from, flag) and (from, to, flag): each side in its own memory
+        moved = min(s.padded_bytes for s in i.shapes[:2])
+        return float(sum(moved for s in i.shapes[:2] if s.space == HBM and s.dims))
     inner = module.computations[i.called[0]] if i.opcode == "fusion" else None
     if inner is None:
         reads = sum(_read_by(computation, i, place) for place in range(len(i.operands)))

@@ -84,6 +84,20 @@ def test_slices_and_updates_in_place_move_their_own_bytes_only():
     assert done.cycles == 111
 
 
+PREFETCHED = """HloModule m
+
+ENTRY %main (w: f32[64,1024]) -> f32[8,1024] {
+  %w = f32[64,1024]{1,0:T(8,128)} parameter(0)
+  %start = ((f32[64,1024]{1,0:T(8,128)}), f32[8,1024]{1,0:T(8,128)S(1)}, s32[]) slice-start(%w), slice={[0:8], [0:1024]}
+  ROOT %done = f32[8,1024]{1,0:T(8,128)S(1)} slice-done(%start)
+}
+"""
+
+
+def test_a_slice_that_is_fetched_ahead_moves_what_it_slices():
+    assert work(hlo.parse(PREFETCHED)).hbm_bytes == 8 * 1024 * 4
+
+
 SCATTERED = """HloModule m
 
 %put (a: f32[], b: f32[]) -> f32[] {
