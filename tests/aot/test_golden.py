@@ -43,7 +43,8 @@ def test_what_is_known_before_code_is_generated_is_what_is_known_after(case):
     code = groups.pop("code")
     groups["temporaries"] += groups.pop("results", 0)
     assert before["memory"]["groups"] == groups and before["memory"]["needed"] == after["memory"]["needed"] - code
-    assert before["host"]["tables"] == after["host"]["tables"]
+    # Afterwards some kilobytes of results that are no argument's are counted too.
+    assert before["host"]["tables"] == pytest.approx(after["host"]["tables"], rel=1e-4)
     estimates = before["times"]["estimates"]
     assert estimates.keys() == after["times"]["estimates"].keys() - {"compiler"} and before["costliest"] == []
 
