@@ -12,7 +12,9 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(name, marks=pytest.mark.slow) if "expert" in name else name for name in MESHES]
+)
 def test_the_mesh_changes_nothing(tokenizer, rng, mesh):
     config = PAPER
     sequences = Sequences(

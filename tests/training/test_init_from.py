@@ -70,6 +70,7 @@ def test_takes_over_what_was_learnt_and_begins_anew(config, straight, row_dtype)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state.params) == like
 
 
+@pytest.mark.slow
 def test_a_second_stage_trains_and_resumes_without_its_source(config, straight, tmp_path):
     """Frozen tables; the source is gone when the stage continues."""
     source = shutil.copytree(straight.folder, tmp_path / "source")
