@@ -104,15 +104,18 @@ def _flops(computation: Computation, i: Instruction) -> tuple[float, bool]:
 def _splash(computation: Computation, i: Instruction) -> float:
     """jax's causal attention kernel, which declares nothing: of q_BNTH, k_BGSH, v_BGSV half the T x S pairs.
 
-    Forward two products, of widths H and V; backward five: the scores again, and the gradients of p, v, k and q.
+    Of a single sequence they have no B. Forward two products, of widths H and V; backward five: the scores again, and
+    the gradients of p, v, k and q.
     """
-    arrays = [computation.instructions[name].shapes[0].dims for name in i.operands]
-    found = [dims for dims in arrays if len(dims) == 4][:3]
+    operands = [computation.instructions[name].shapes[0] for name in i.operands]
+    arrays = [shape.dims for shape in operands if shape.dtype.startswith(("f", "bf"))]
+    rank = max(map(len, arrays), default=0)
+    found = [dims for dims in arrays if len(dims) == rank >= 3][:3]
     if len(found) < 3:
         return 0.0
-    (B, N, T, H), (*_, S, _), (*_, V) = found
+    (*B, N, T, H), (*_, S, _), (*_, V) = found
     widths = H + V if "fwd" in i.name else 3 * H + 2 * V
-    return 2.0 * B * N * T * S * widths / 2
+    return 2.0 * math.prod(B) * N * T * S * widths / 2
 
 
 def _convolution(i: Instruction, left: Shape, right: Shape) -> float:
