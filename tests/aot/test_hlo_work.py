@@ -1,5 +1,6 @@
 """FLOPs and bytes counted in a program's text."""
 
+import math
 from pathlib import Path
 
 import jax
@@ -71,6 +72,23 @@ def test_kernels_count_what_they_declare_and_silent_ones_are_named():
     done = work(hlo.parse(KERNEL))
     assert done.flops == 1234 + 2 * 8 * 64 * 64 * (32 + 16)  # attention, causal: half the pairs
     assert done.silent_kernels == ["silent"]
+
+
+@pytest.mark.parametrize(("batch", "kind", "widths"), [((5,), "fwd", 320), ((), "fwd", 320), ((), "dkv", 832)])
+def test_causal_attention_counts_half_of_its_pairs_with_or_without_a_batch(batch, kind, widths):
+    dims = [",".join(map(str, (*batch, 32, 4096, width))) for width in (192, 192, 128)]
+    inputs = "\n".join(f"  %a{k} = bf16[{d}]{{0}} parameter({k})" for k, d in enumerate(dims))
+    call = 'custom-call(%mask, %a0, %a1, %a2, %sum), custom_call_target="tpu_custom_call"'
+    text = f"""HloModule m
+
+ENTRY %main () -> bf16[{dims[2]}] {{
+  %mask = s8[1,8,8]{{2,1,0}} parameter(3)
+{inputs}
+  %sum = f32[32,4096]{{1,0}} parameter(4)
+  ROOT %splash_mha_{kind}.1 = bf16[{dims[2]}]{{0}} {call}
+}}
+"""
+    assert work(hlo.parse(text)).flops == math.prod(batch) * 32 * 4096 * 4096 * widths
 
 
 TRAFFIC = (PROGRAMS / "tpu_traffic.hlo").read_text()
