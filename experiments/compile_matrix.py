@@ -4,7 +4,7 @@
   python -m experiments.compile --matrix engram_27b v5p-64   only cells whose model or slice is named
   python -m experiments.compile --matrix --table             the table alone, from the cells there are
 
-A cell takes a minute or two: no code is generated (--quick). Each is kept as JSON in `experiments/results/matrix/`
+A cell takes a minute or two (7x: several): no code is generated. Each is kept as JSON in `experiments/results/matrix/`
 under a name that holds a hash of its settings, so an interrupted matrix goes on, and a changed run is compiled again.
 """
 

@@ -19,7 +19,7 @@ MFU = {"v4": 0.3, "v5e": 0.2, "v5p": 0.38, "v6e": 0.1, "7x": 0.24}
 for v4, where nothing was compiled, between v5e and v5p as its network is. None was measured."""
 SURE, SURE_WITH_EXCHANGE, HOPELESS = 0.8, 0.5, 1.2
 """Shares of the chip's memory: up to the first an estimate is believed (the second where experts are distributed: the
-compiler's peaks are a quarter higher there, elsewhere lower; docs/scaling.md), and beyond the third."""
+compiler allocates a third more there, elsewhere an eighth more at most; docs/scaling.md), and beyond the third."""
 EXCHANGE = "exchange of experts"
 SHORTEST_STEP = 5e-3
 """Seconds that a step is assumed to take however small it is: hundreds of little operations and collectives."""

@@ -50,7 +50,7 @@ def _memory_rows(r: dict[str, Any]) -> list[list[str]]:
     if "reported" in memory:
         rows.append(["(its memory analysis)", size(memory["reported"]), "idle gaps counted twice"])
     else:
-        rows.append(["(no code generated)", "", "0.3 to 0.4 GB more for a model of 27 B"])
+        rows.append(["(no code generated)", "", "its size is not in it"])
     return [*rows, ["of", size(memory["available"]), f"{verdict}: the compiler's verdict"]]
 
 

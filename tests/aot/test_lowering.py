@@ -66,6 +66,9 @@ def test_what_the_compiler_accepts_is_compiled_once():
     assert lowered.options == [set()]
 
 
+WHOLE = "HloModule b\n\nENTRY %main {\n  ROOT %a = s32[] add(), config={}\n}"
+
+
 class Slow:
     """A program whose buffers are assigned soon and whose code is never done."""
 
@@ -85,9 +88,9 @@ class Slow:
             raise jax.errors.JaxRuntimeError(self.error)
         (folder / "module_0001.jit_step.after_optimizations-buffer-assignment.txt").write_text(ASSIGNMENT)
         file = folder / "module_0001.jit_step.cl_1.after_optimizations_after_buffer_assignment.txt"
-        file.write_text("HloModule b {\n")
+        file.write_text("HloModule b\n\nENTRY %main {\n  ROOT %a = s32[] add(), config={}")
         time.sleep(0.8)
-        file.write_text("HloModule b {\n}\n")
+        file.write_text(WHOLE + "\n\n")
         self.done.wait(60)
 
 
@@ -95,8 +98,11 @@ def test_the_quick_answer_does_not_wait_for_code():
     slow = Slow()
     done = compiled(slow, quick=True)  # type: ignore[arg-type]
     assert not slow.done.is_set() and done.is_accepted
-    assert (done.text, done.sizes, done.allocated) == ("HloModule b {\n}", None, ALLOCATED)
+    assert (done.text, done.sizes, done.allocated) == (WHOLE, None, ALLOCATED)
     slow.done.set()
+    done = Slow()
+    done.done.set()
+    assert compiled(done, quick=True).text == WHOLE  # type: ignore[arg-type]
     with pytest.raises(TooLarge, match=r"33\.00G"):
         compiled(Slow(REFUSED), detail=False, quick=True)  # type: ignore[arg-type]
 
