@@ -30,11 +30,11 @@ from experiments.command_line import field_paths, parsed
 from experiments.registry import nearest
 from experiments.studies import STUDIES
 from experiments.studies.analysed import write_analysis
+from experiments.studies.corpus import check_corpus
 from experiments.studies.declared import Point, Study, by_series
 from experiments.studies.execute import agree_on_plan, execute, is_finished, run_dir
 from experiments.studies.known import Known, known_runs
 from experiments.studies.report import budget_table, write_report
-from experiments.studies.results import results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +90,8 @@ def run(arguments: list[str]) -> int:
     agree_on_plan(study_dir, study.trained_in or name, all_points, write=bool(known) or not options.report_only)
     if not options.report_only:
         print(_plan(study, points, options.seeds, study_dir, known), flush=True)
-
-        def train_one(config: RunConfig, folder: Path) -> int:
-            if not (status := train(config, folder)) and known:
-                results(points, options.seeds, study_dir, known)  # another corpus is found out now, not at the end
-            return status
-
-        if status := execute(study_dir, points, options.seeds, train_one, lambda line: print(line, flush=True), known):
+        check_corpus(points, options.seeds, study_dir, known, log)
+        if status := execute(study_dir, points, options.seeds, train, log, known):
             return status  # stopped by somebody who does not want the next run either
     if study.analyse:
         print(write_analysis(study, points, options.seeds, study_dir, report_dir))
@@ -155,6 +150,10 @@ def train(config: RunConfig, folder: Path) -> int:
 
     keep_compiled_programs(config)
     return loop.train(config, folder).status
+
+
+def log(line: str) -> None:
+    print(line, flush=True)
 
 
 def _plan(study: Study, points: Sequence[Point], seeds: int, study_dir: Path, known: Known) -> str:

@@ -1,42 +1,22 @@
-"""Studies: equal costs are proved, runs are shared and resumed, and the report says what its numbers say."""
+"""Studies: equal costs are proved, and the report says what its numbers say."""
 
-import dataclasses
-import fcntl
 import json
-import multiprocessing
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from finished_runs import finish
 
-from engram_jax.config import ConfigError, replace, to_dict
+from engram_jax.config import ConfigError, replace
 from engram_jax.counts import flops_per_token, parameters, sparse_parameters
-from engram_jax.training.errors import FAILED, MISTAKEN, TERMINATED, RunError
+from engram_jax.training.errors import RunError
 from experiments import study as command
 from experiments.runs import engram_tiny, moe_tiny
 from experiments.studies import STUDIES, fits
 from experiments.studies.allocation import ALLOCATION
 from experiments.studies.declared import TOTAL, Point, by_series, prove
-from experiments.studies.execute import agree_on_plan, execute, run_dir
-from experiments.studies.known import known_runs
+from experiments.studies.execute import run_dir
 from experiments.studies.report import write_report
-
-
-@pytest.fixture(scope="module")
-def points():
-    """The allocation study's at its tiny scale, of the smaller budget."""
-    return by_series(ALLOCATION.at(ALLOCATION.scales["tiny"]()))["C"]
-
-
-def finish(config, folder, loss=None, corpus="abc"):
-    """What training leaves in a run's folder, without training."""
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = replace(config, model__engram__engram_compressed_vocab_size=77)
-    (folder / "config.json").write_text(json.dumps(to_dict(resolved)))
-    result = {"loss": loss or 4.0, "bits_per_byte": 1.5, "corpus_sha256": corpus, "buckets": {}}
-    (folder / "result.json").write_text(json.dumps(result))
-    return 0
 
 
 def valley(points, study_dir, seeds, lowest, noise=0.002):
@@ -136,148 +116,6 @@ def test_print_shows_the_plan_and_trains_nothing(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# --- shared and resumed ---
-
-
-def test_a_killed_study_continues_and_finished_runs_are_not_repeated(tmp_path, points):
-    trained = []
-
-    def train(config, folder, stop_at=3):
-        trained.append(folder.name)
-        return finish(config, folder) if len(trained) != stop_at else TERMINATED
-
-    assert execute(tmp_path, points[:2], 2, train, print) == TERMINATED
-    assert execute(tmp_path, points[:2], 2, train, print) == 0
-    a, b = points[0].name, points[1].name
-    assert trained == [f"{a}-seed0", f"{b}-seed0", f"{a}-seed1", f"{a}-seed1", f"{b}-seed1"]
-    assert execute(tmp_path, points[:2], 2, None, print) == 0
-
-
-def hold(path, taken, done):
-    with path.open("a+") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        taken.set()
-        done.wait(60)
-
-
-def test_a_run_of_another_process_is_left_to_it(tmp_path, points):
-    claims = tmp_path / "claims"
-    claims.mkdir()
-    context = multiprocessing.get_context("spawn")
-    taken, done = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(claims / f"{points[0].name}-seed0.lock", taken, done))
-    other.start()
-    assert taken.wait(60)
-    lines, trained = [], []
-
-    def train(config, folder):
-        trained.append(folder.name)
-        return finish(config, folder)
-
-    assert execute(tmp_path, points[:2], 1, train, lines.append) == 0
-    assert trained == [f"{points[1].name}-seed0"] and any("another process" in line for line in lines)
-    done.set()
-    other.join(60)
-    assert execute(tmp_path, points[:2], 1, train, lines.append) == 0
-    assert trained == [f"{points[1].name}-seed0", f"{points[0].name}-seed0"]
-
-
-def test_a_folder_of_another_plan_is_refused(tmp_path, points):
-    folder = tmp_path / "study"
-    agree_on_plan(folder, "allocation", points)
-    agree_on_plan(folder, "allocation", points)
-    longer = [Point(p.name, p.x, replace(p.config, train__steps=121)) for p in points]
-    with pytest.raises(ConfigError, match=r"train.steps: 121 here, 120 there.*and 5 more.*--out"):
-        agree_on_plan(folder, "allocation", longer)
-    with pytest.raises(ConfigError, match="points: "):
-        agree_on_plan(folder, "allocation", points[1:])
-    # How often something is logged changes no number.
-    agree_on_plan(folder, "allocation", [Point(p.name, p.x, replace(p.config, train__log_every=1)) for p in points])
-    # Points that it lacked are added, and must be agreed with from then on.
-    agree_on_plan(folder, "allocation", [*points, dataclasses.replace(points[0], name="new")])
-    assert json.loads((folder / "plan.json").read_text())["points"][-1]["name"] == "new"
-    with pytest.raises(ConfigError, match=r"points: .* here, .*, new there"):
-        agree_on_plan(folder, "allocation", points)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "mine.txt").touch()
-    with pytest.raises(ConfigError, match=r"holds files and no plan.json"):
-        agree_on_plan(tmp_path / "other", "allocation", points)
-
-
-def test_a_finished_run_with_other_settings_is_refused(tmp_path, points):
-    finish(replace(points[0].seeded(0), train__steps=9), run_dir(tmp_path, points[0], 0))
-    with pytest.raises(ConfigError, match=r"train.steps: 120 here, 9 there.*delete it"):
-        execute(tmp_path, points[:2], 1, None, print)
-
-
-# --- runs that were finished elsewhere ---
-
-
-def test_what_is_known_is_not_trained_again(tmp_path, points, monkeypatch, capsys):
-    """A study goes on from raw numbers alone, also of another study: `layers` and `ablations` share two points."""
-    trained = []
-
-    def train(config, folder):
-        trained.append(folder.name)
-        return finish(config, folder, 4 + 0.01 * len(trained))
-
-    monkeypatch.setattr(command, "train", train)
-    ours, theirs = ["--out", str(tmp_path / "ours")], ["--out", str(tmp_path / "theirs")]
-    assert command.main(["layers", "--seeds", "2", *ours]) == 0
-    file = tmp_path / "ours" / "layers" / "tiny" / "results.jsonl"
-    assert len(trained) == len(file.read_text().splitlines()) == 12
-    report = (file.parent / "report.md").read_text()
-
-    trained.clear()
-    files = ["--results", str(file)]
-    assert command.main(["layers", "--seeds", "2", "--report_only", *theirs, *files]) == 0
-    assert (tmp_path / "theirs" / "layers" / "tiny" / "report.md").read_text() == report and not trained
-    assert (tmp_path / "theirs" / "layers" / "tiny" / "results.jsonl").read_text() == file.read_text()
-    assert command.main(["layers", "--seeds", "3", *theirs, *files]) == 0
-    assert trained == [f"{name}-seed2" for name in ("two", "layer0", "layer1", "layer2", "layer3", "moe")]
-
-    trained.clear()
-    assert command.main(["ablations", "--points", "reference", "moe", "no_gate", "--seeds", "2", *theirs, *files]) == 0
-    assert trained == ["no_gate-seed0", "no_gate-seed1"]
-    capsys.readouterr()
-    assert command.main(["layers", "--train.steps", "90", "--print", "--seeds", "2", *theirs, *files]) == 0
-    assert "12 runs, 0 of them finished" in (said := capsys.readouterr().out) and "known from" not in said
-
-
-def test_another_corpus_than_the_known_one_is_found_out_after_one_run(tmp_path, monkeypatch, capsys):
-    trained = []
-
-    def train(config, folder):
-        trained.append(folder.name)
-        return finish(config, folder, corpus="abc" if config.train.seed == 0 else "def")
-
-    monkeypatch.setattr(command, "train", train)
-    assert command.main(["pair", "--seeds", "1", "--out", str(tmp_path / "a")]) == 0
-    file = tmp_path / "a" / "pair" / "tiny" / "results.jsonl"
-    assert command.main(["pair", "--out", str(tmp_path / "b"), "--results", str(file)]) == FAILED
-    assert len(trained) == 3 and "different corpora" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["", "no json", '{"seed": 0}', "[1]", None])
-def test_files_without_raw_numbers_are_refused(tmp_path, text, capsys):
-    file = tmp_path / "rows.jsonl"
-    if text is not None:
-        file.write_text(text)
-    status = command.main(["pair", "--print", "--out", str(tmp_path), "--results", str(file)])
-    assert (status == 0) is (text == "")
-    assert text == "" or f"--results {file}: not the raw numbers" in capsys.readouterr().err
-    assert command.main(["depth", "--print", "--results", str(file)]) == MISTAKEN
-
-
-@pytest.mark.parametrize("name", ["pair", "allocation", "layers"])
-def test_published_numbers_are_those_of_the_study_as_it_is(name):
-    """A change of its settings must not leave results behind that look like its own."""
-    points = STUDIES[name].at(STUDIES[name].scales["tiny"]())
-    file = Path(command.__file__).parent / "results" / name / "results.jsonl"
-    lines = file.read_text().splitlines()
-    assert len(known_runs([file], points, 3)) == len(lines) > 0
-
-
 # --- the report ---
 
 
@@ -344,40 +182,3 @@ def test_differences_are_held_against_the_spread():
     assert "-0.3100 nats" in clear and "interval -0.3348 to -0.2852): more than" in clear
     assert "): nothing found" in fits.difference(a, a + np.array([0.1, -0.05, 0.2]), "a", "b")
     assert "unknown" in fits.difference(a[:1], a[:1] + 0.3, "a", "b")
-
-
-# --- studies that look into runs ---
-
-
-@pytest.fixture
-def looking(monkeypatch):
-    """A study that looks into the pair's runs and says what it was given."""
-
-    def analyse(runs, folder):
-        (folder / "results.jsonl").write_text("{}\n")
-        return [f"Looked into {', '.join(f'{run.point}-{run.seed}' for run in runs)}."]
-
-    study = dataclasses.replace(STUDIES["pair"], name="looking", trained_in="pair", analyse=analyse)
-    monkeypatch.setitem(STUDIES, "looking", study)
-    return study
-
-
-def test_runs_are_trained_once_for_all_that_look(capsys, tmp_path, monkeypatch, looking):
-    trained = []
-
-    def train(config, folder):
-        trained.append(folder)
-        return finish(config, folder)
-
-    monkeypatch.setattr(command, "train", train)
-    assert command.main(["pair", "--out", str(tmp_path), "--seeds", "2"]) == 0
-    assert command.main(["looking", "--out", str(tmp_path), "--seeds", "2"]) == 0
-    assert len(trained) == 4 and {folder.parts[-4] for folder in trained} == {"pair"}
-    report = (tmp_path / "looking" / "tiny" / "report.md").read_text()
-    assert report in capsys.readouterr().out and "Looked into moe-0, engram-0, moe-1, engram-1." in report
-    (trained[3] / "result.json").unlink()
-    assert command.main(["looking", "--out", str(tmp_path), "--seeds", "2", "--report_only"]) == 0
-    assert "Looked into moe-0, engram-0." in capsys.readouterr().out
-    (trained[0] / "result.json").unlink()
-    assert command.main(["looking", "--out", str(tmp_path), "--seeds", "2", "--report_only"]) == 1
-    assert "no seed with all of its runs (moe, engram) finished" in capsys.readouterr().err
