@@ -38,6 +38,11 @@ class EngramConfig:
     """True restores the published demo's behaviour: windows run across document boundaries in packed rows."""
     engram_bias: bool = False
     """Biases on the key and value projections (the demo has them, the paper does not)."""
+    engram_initializer_range: float = 0.02
+    """Standard deviation of new rows; 0 starts them at zero. The paper leaves it open."""
+    engram_amplification: float = 1.0
+    """over_encoding: the average is multiplied by this. 1: as published; sqrt(hidden_size): as LongCat does (Liu et al.
+    2026, arXiv 2601.21204), without which the first attention drowns the input."""
     engram_without: tuple[Literal["multi_branch", "compression", "gate", "wide_hash"], ...] = ()
     """Parts left out, to see what each is good for (paper 6.2). multi_branch: one key and one gate, for the one state
     that a sub-layer would read from the streams. compression: raw token ids are hashed. gate: it is 1, and the keys
@@ -60,12 +65,20 @@ class EngramConfig:
                 f"engram_vocab_size={sizes} has {len(sizes)} entries; orders 2..{n} need {n - 1} (or one number).",
             )
         require(all(s >= 2 for s in self.vocab_size_per_order), f"engram_vocab_size={sizes} must be at least 2.")
-        require(self.engram_kernel_size >= 0, f"engram_kernel_size={self.engram_kernel_size} must be 0 or positive.")
+        for name in ("kernel_size", "initializer_range"):
+            value = getattr(self, f"engram_{name}")
+            require(value >= 0, f"engram_{name}={value} must be 0 or positive.")
+        require(self.engram_amplification > 0, f"engram_amplification={self.engram_amplification} must be positive.")
         self._check_without()
         self._check_over_encoding()
 
     def _check_over_encoding(self) -> None:
         if self.engram_variant != "over_encoding":
+            require(
+                self.engram_amplification == 1,
+                f"engram_amplification={self.engram_amplification} with engram_variant={self.engram_variant!r}: only "
+                "over_encoding has an average to amplify. Leave it at 1.",
+            )
             return
         for name, needed in (("layer_ids", (0,)), ("kernel_size", 0), ("bias", False), ("without", ())):
             value = getattr(self, f"engram_{name}")
@@ -101,7 +114,8 @@ class EngramConfig:
     @property
     def vocab_share(self) -> float:
         """Weight of the vocabulary's embedding in the model's input: over_encoding averages it with a token's rows."""
-        return 1 / (1 + self.num_rows_per_token) if self.enabled and self.engram_variant == "over_encoding" else 1.0
+        averaged = self.enabled and self.engram_variant == "over_encoding"
+        return self.engram_amplification / (1 + self.num_rows_per_token) if averaged else 1.0
 
     @property
     def vocab_size_per_order(self) -> tuple[int, ...]:

@@ -1,7 +1,10 @@
 """OverEncoding: n-gram embeddings averaged with the vocabulary's, at the model's input (Huang et al. 2025, arXiv
 2501.16975), which the paper compares Engram with (section 3.2). Another reader of the same store.
 
-    x = (E[t] + sum_i W_i row_i) / (1 + K (N - 1)),    i over the K slices of each order 2..N
+    x = a (E[t] + sum_i W_i row_i) / (1 + K (N - 1)),    i over the K slices of each order 2..N
+
+The amplification a is 1 as published, and the square root of the hidden size in LongCat (Liu et al. 2026, arXiv
+2601.21204): an average is small beside what the first attention adds to it, and drowns.
 
 Slices are Engram's heads: a slice's row is narrow, and a projection of its own widens it. There is no gate and no
 convolution. `Model.embed` takes the vocabulary's share of the average, this reader adds the rest.

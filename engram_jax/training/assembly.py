@@ -98,7 +98,7 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, devices: Sequence[Any] | N
         ROW_OPTIMIZERS[optimizer.table_optimizer].create(optimizer, rates),
         placement=PLACEMENTS[config.memory.placement].create(config.memory, platform),
         shards=mesh.size,
-        init_std=config.model.initializer_range,
+        init_std=engram.engram_initializer_range,
         row_dtype=config.memory.row_dtype,
         transport=default_transport(mesh.devices.flat[0].device_kind, mesh.size)
         if config.memory.transport == "auto"

@@ -47,6 +47,7 @@ from engram_jax.training.table_checkpoint import restore_tables
 MAY_DIFFER = (
     "model.attend_across_documents",
     "model.dtype",
+    "model.engram.engram_initializer_range",
     "model.hc_gate_init",
     "model.initializer_range",
     "model.loss_chunk_len",

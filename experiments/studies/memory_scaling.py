@@ -32,7 +32,7 @@ def points(base: RunConfig) -> tuple[Point, ...]:
     )
     over = over_encoding(base)
     made = [_point(base, factor, ENGRAM) for factor in FACTORS]
-    made += [_point(over, factor, OVER_ENCODING, "over-") for factor in OVER_FACTORS]
+    made += [_point(over, factor, OVER_ENCODING, "over-encoding-") for factor in OVER_FACTORS]
     return tuple(made)
 
 
@@ -47,7 +47,9 @@ def over_encoding(base: RunConfig) -> RunConfig:
     """As many rows of the same width in one table, which the input reads instead of several blocks.
 
     As many slices to an order as Engram has heads: four at the tiny scale, which is what OverEncoding was published
-    with.
+    with. Its tables learn at the rate of everything else, as published. What was published as a plain average is
+    amplified, and rows start at zero: at the tiny scale the average of random rows is worse than no memory at all
+    (experiments/LOG.md, 2026-11-28).
     """
     engram = base.model.engram
     return replace(
@@ -58,6 +60,9 @@ def over_encoding(base: RunConfig) -> RunConfig:
         model__engram__engram_vocab_size=tuple(
             rows * len(engram.engram_layer_ids) for rows in engram.vocab_size_per_order
         ),
+        model__engram__engram_amplification=base.model.hidden_size**0.5,
+        model__engram__engram_initializer_range=0.0,
+        optimizer__table_lr_multiplier=1.0,
     )
 
 
@@ -75,5 +80,7 @@ MEMORY_SCALING = Study(
         "OverEncoding has Engram's slots and row width, in one table instead of several, with neither gate nor "
         "convolution and a smaller projection: its active parameters and FLOPs per token, in the table above, are "
         "fewer, and nothing makes up for them. The paper does not say how it set its own.",
+        "Learning rates were tuned for neither. OverEncoding is amplified as in LongCat, and its rows start at zero; "
+        "--model.engram.engram_initializer_range 0 starts Engram's there too.",
     ),
 )

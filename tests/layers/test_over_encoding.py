@@ -34,6 +34,7 @@ CONFIG = ModelConfig(
         engram_n_heads=2,
         engram_head_dim=3,
         engram_vocab_size=40,
+        engram_amplification=3.0,
     ),
     hc_mult=2,
     dtype="float32",
@@ -42,7 +43,7 @@ SIZES = (41, 43, 47, 53)  # primes from 40 on: two slices of 2-grams, then two o
 
 
 def average(tokens, segments, embedding, table, projections):
-    """(E[t] + the four projected rows) / 5 at every position, token by token in NumPy."""
+    """3 (E[t] + the four projected rows) / 5 at every position, token by token in NumPy."""
     offsets = np.concatenate([[0], np.cumsum(SIZES)])
     out = np.zeros((*tokens.shape, embedding.shape[1]))
     for b, t in np.ndindex(*tokens.shape):
@@ -53,7 +54,7 @@ def average(tokens, segments, embedding, table, projections):
                 inside = t - back >= 0 and segments[b, t - back] == segments[b, t]
                 number += int(tokens[b, t - back]) * 30**back if inside else 0
             total += table[offsets[i] + number % SIZES[i]] @ projections[i]
-        out[b, t] = total / 5
+        out[b, t] = 3 * total / 5
     return out
 
 
@@ -91,7 +92,7 @@ def test_gradients_reach_rows_projections_and_embeddings():
         return jnp.sum(weight * (x + model.engram["0"](x, rows)))
 
     grads, d_rows = jax.grad(output, argnums=(0, 1))(params, rows)
-    d_input = weight.sum(2)[0] / 5  # [T, D]
+    d_input = 3 * weight.sum(2)[0] / 5  # [T, D]
     projections = np.asarray(params["engram"]["0"]["slice_hed"])
     np.testing.assert_allclose(d_rows[0], np.einsum("td,hed->the", d_input, projections), rtol=1e-4, atol=1e-5)
     expected = np.einsum("td,the->hed", d_input, rows[0])
@@ -137,3 +138,12 @@ def test_it_has_no_gates_to_record():
     assert not CONFIG.engram.has_gates
     with pytest.raises(ConfigError, match="OverEncoding has no gates"):
         RecordingReader(reader_class(CONFIG.engram)(CONFIG, rngs=nnx.Rngs(0)))
+
+
+def test_published_is_the_plain_average():
+    published = dataclasses.replace(CONFIG.engram, engram_amplification=1.0)
+    assert published.vocab_share == pytest.approx(1 / 5)
+    with pytest.raises(ConfigError, match=r"engram_amplification=3.0 with engram_variant='paper'"):
+        EngramConfig(engram_amplification=3.0)
+    with pytest.raises(ConfigError, match=r"engram_amplification=0.0 must be positive"):
+        dataclasses.replace(CONFIG.engram, engram_amplification=0.0)
