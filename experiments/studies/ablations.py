@@ -55,6 +55,7 @@ def points(base: RunConfig) -> tuple[Point, ...]:
         "sinkhorn": replace(twin, optimizer__table_optimizer="sinkhorn"),
         "narrow_hash": _memory(twin, engram_without=("wide_hash",)),
         "across_documents": _memory(twin, engram_cross_documents=True),
+        "zero_rows": _memory(twin, engram_initializer_range=0.0),
     }
     others = {f"heads{heads}": heads for heads in HEADS if heads != engram.engram_n_heads}
     rates = {f"table_lr_x{by:g}": replace(twin, optimizer__table_lr_multiplier=by) for by in MULTIPLIERS}

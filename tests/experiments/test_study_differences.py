@@ -159,6 +159,7 @@ def test_ablations_change_one_thing_each(ablations):
         "narrow_hash": {"model.engram.engram_without"},
         "no_convolution": {"model.engram.engram_kernel_size"},
         "across_documents": {"model.engram.engram_cross_documents"},
+        "zero_rows": {"model.engram.engram_initializer_range"},
         "lazy_adam": {"optimizer.table_optimizer"},
         "sinkhorn": {"optimizer.table_optimizer"},
         **{f"table_lr_x{by}": {"optimizer.table_lr_multiplier"} for by in (1, 2, 10)},
@@ -300,6 +301,7 @@ def test_some_points_are_trained_and_all_are_planned(capsys, tmp_path, monkeypat
         return 0
 
     monkeypatch.setattr(command, "train", train)
+    monkeypatch.setattr(command, "check_corpus", lambda *_: None)
     some = ["layers", "--out", str(tmp_path), "--seeds", "1", "--points"]
     assert command.main([*some, "layer1", "two"]) == 0
     assert trained == ["two-seed0", "layer1-seed0"]
