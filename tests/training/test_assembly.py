@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from engram_jax.config import ConfigError, EngramConfig, replace
@@ -41,6 +42,16 @@ def test_the_resolved_config_leaves_nothing_to_find_out(config, tokenizer):
     assert 0 < size <= 300
     assert replace(parts.config, model__engram__engram_compressed_vocab_size=0) == config
     assert assemble(parts.config, tokenizer).config == parts.config
+
+
+def test_rows_begin_as_their_setting_says(config, tokenizer):
+    assert assemble(config, tokenizer).store.init_std == 0.02
+    parts = assemble(replace(config, model__engram__engram_initializer_range=0.0), tokenizer)
+    with jax.set_mesh(parts.mesh):
+        tables = parts.store.init(jax.random.key(0)).tables
+    assert not any(np.any(table.rows) for table in tables.values())
+    with pytest.raises(ConfigError, match=r"engram_initializer_range=-0.1 must be 0 or positive"):
+        replace(config, model__engram__engram_initializer_range=-0.1)
 
 
 def test_without_compression_the_raw_vocabulary_is_hashed(config, tokenizer):
