@@ -42,7 +42,7 @@ class EngramConfig:
     """Standard deviation of new rows; 0 starts them at zero. The paper leaves it open."""
     engram_amplification: float = 1.0
     """over_encoding: the average is multiplied by this. 1: as published; sqrt(hidden_size): as LongCat does (Liu et al.
-    2026, arXiv 2601.21204), without which the first attention drowns the input."""
+    2026, arXiv 2601.21204), lest the first attention drown the input."""
     engram_without: tuple[Literal["multi_branch", "compression", "gate", "wide_hash"], ...] = ()
     """Parts left out, to see what each is good for (paper 6.2). multi_branch: one key and one gate, for the one state
     that a sub-layer would read from the streams. compression: raw token ids are hashed. gate: it is 1, and the keys

@@ -4,7 +4,7 @@
     x = a (E[t] + sum_i W_i row_i) / (1 + K (N - 1)),    i over the K slices of each order 2..N
 
 The amplification a is 1 as published, and the square root of the hidden size in LongCat (Liu et al. 2026, arXiv
-2601.21204): an average is small beside what the first attention adds to it, and drowns.
+2601.21204), lest what the first attention adds drown the input. docs/memory.md has what it is worth.
 
 Slices are Engram's heads: a slice's row is narrow, and a projection of its own widens it. There is no gate and no
 convolution. `Model.embed` takes the vocabulary's share of the average, this reader adds the rest.

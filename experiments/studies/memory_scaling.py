@@ -47,9 +47,8 @@ def over_encoding(base: RunConfig) -> RunConfig:
     """As many rows of the same width in one table, which the input reads instead of several blocks.
 
     As many slices to an order as Engram has heads: four at the tiny scale, which is what OverEncoding was published
-    with. Its tables learn at the rate of everything else, as published. What was published as a plain average is
-    amplified, and rows start at zero: at the tiny scale the average of random rows is worse than no memory at all
-    (experiments/LOG.md, 2026-11-28).
+    with. What was published as a plain average is amplified, rows start at zero and learn at the rate of everything
+    else: without these it is worse than the twin without memory at the tiny scale (experiments/LOG.md, 2026-11-28).
     """
     engram = base.model.engram
     return replace(
