@@ -5,9 +5,10 @@ import re
 
 import numpy as np
 import pytest
+from finished_runs import finish
 from scipy import stats
 
-from engram_jax.config import ConfigError, replace, to_dict
+from engram_jax.config import ConfigError, replace
 from engram_jax.config import differences as differences_of
 from engram_jax.counts import flops_per_token, parameters
 from experiments import study as command
@@ -33,12 +34,7 @@ def ablations():
 
 
 def write(point, seed, study_dir, loss):
-    """A finished run, without training."""
-    folder = run_dir(study_dir, point, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(to_dict(point.seeded(seed))))
-    result = {"loss": float(loss), "bits_per_byte": 1.5, "corpus_sha256": "abc", "buckets": {}}
-    (folder / "result.json").write_text(json.dumps(result))
+    finish(point.seeded(seed), run_dir(study_dir, point, seed), float(loss))
 
 
 # --- comparisons ---
@@ -291,14 +287,12 @@ def test_a_curve_that_the_points_do_not_follow_says_so():
 # --- some points of a study ---
 
 
-def test_some_points_are_trained_and_all_are_planned(capsys, tmp_path, monkeypatch, layers):
+def test_some_points_are_trained_and_all_are_planned(capsys, tmp_path, monkeypatch):
     trained = []
 
     def train(config, folder):
         trained.append(folder.name)
-        point = next(point for point in layers if folder.name.startswith(point.name))
-        write(point, config.train.seed, tmp_path / "layers" / "tiny", 4.0)
-        return 0
+        return finish(config, folder)
 
     monkeypatch.setattr(command, "train", train)
     monkeypatch.setattr(command, "check_corpus", lambda *_: None)
