@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engram_jax.config import ConfigError, EngramConfig, ModelConfig, RunConfig, from_dict, replace, require
-from engram_jax.training.errors import FAILED, FINISHED, MISTAKEN, RunError
+from engram_jax.config import EngramConfig, ModelConfig, RunConfig, from_dict, replace, require
+from engram_jax.training.errors import FINISHED
 from experiments import run
+from experiments.command_line import exit_status
 
 MEMORY_SHARE = 0.25
 """Size of the tables relative to the backbone: the paper's, 5.8 of 20.9 B parameters in Engram-27B."""
@@ -53,19 +54,14 @@ def default_memory(model: ModelConfig) -> EngramConfig:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status (training/errors.py)."""
-    arguments = list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print((__doc__ or "").strip())
-        return FINISHED
-    try:
-        return attach(arguments)
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKEN if isinstance(error, ConfigError) else FAILED
+    """Returns the exit status (training/errors.py). Errors are one line each."""
+    return exit_status(lambda: attach(list(arguments)))
 
 
 def attach(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        return FINISHED
     require(
         len(arguments) >= 2 and not arguments[1].startswith("-"),
         "give the backbone's folder and a name for the new run: RUN_DIR NAME",

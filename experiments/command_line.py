@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -12,9 +13,27 @@ from typing import Any, TypeVar
 import tyro
 
 from engram_jax.config import ConfigError, RunConfig
+from engram_jax.training.errors import FAILED, MISTAKEN, RunError
 from experiments.registry import nearest
 
 T = TypeVar("T")
+
+NOBODY_READS = 141
+"""The exit status behind `| head` once that has read enough: a shell's for SIGPIPE, 128 + 13."""
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """What the command returns. A mistake, or a run that cannot go on, is told in one line (training/errors.py)."""
+    try:
+        status = command()
+        sys.stdout.flush()
+        return status
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISTAKEN if isinstance(error, ConfigError) else FAILED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it exits
+        return NOBODY_READS
 
 
 def parsed(

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import tyro
 
-from engram_jax.config import ConfigError, differences, replace, require
+from engram_jax.config import differences, replace, require
 from engram_jax.counts import parameters
 from engram_jax.evaluation.frequency import bucket_names
+from engram_jax.training.errors import FINISHED
+from experiments.command_line import exit_status
 from experiments.run_groups import BITS, LOSS, Group, Run, baseline_of, caveats, grouped, has_equal_buckets, may_compare
 
 UNITS = {LOSS: "nats per token", BITS: "bits per byte"}
@@ -190,14 +192,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status, 2 after a mistake named in one line."""
-    options = tyro.cli(Options, args=list(arguments), prog="python -m experiments.compare", use_underscores=True)
-    try:
-        print(f"Picture and table: {compare(options.run_dirs, options.output)}")
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Returns the exit status (training/errors.py). Errors are one line each."""
+    return exit_status(lambda: run(list(arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    options = tyro.cli(Options, args=arguments, prog="python -m experiments.compare", use_underscores=True)
+    print(f"Picture and table: {compare(options.run_dirs, options.output)}")
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -34,12 +34,13 @@ from typing import Any
 from engram_jax.aot.chips import Topology, topology
 from engram_jax.config import ConfigError, RunConfig, replace, require, to_dict
 from engram_jax.sharding import MESH_AXES
-from engram_jax.training.errors import RunError
+from engram_jax.training.errors import FINISHED, RunError
+from experiments.command_line import exit_status
 from experiments.registry import RUNS, build
 from experiments.run import parse
 from experiments.slices import laid_out
 
-FITS, GAVE_UP, MISTAKE, TOO_LARGE = 0, 1, 2, 3
+FITS, TOO_LARGE = FINISHED, 3
 PROGRAMS = ("train", "eval")
 MORE_PROGRAMS = ("decode",)
 
@@ -47,12 +48,8 @@ Compile = Callable[..., dict[str, Any]]
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Does what the command line `arguments` say; returns the exit status."""
-    try:
-        return run(list(arguments))
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE if isinstance(error, ConfigError) else GAVE_UP
+    """Does what the command line `arguments` say; returns the exit status. Errors are one line each."""
+    return exit_status(lambda: run(list(arguments)))
 
 
 def run(arguments: list[str]) -> int:

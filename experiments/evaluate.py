@@ -18,11 +18,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from engram_jax.config import ConfigError, RunConfig, from_dict, require
+from engram_jax.config import RunConfig, from_dict, require
 from engram_jax.evaluation.knock_out import parse_scales
 from engram_jax.evaluation.tasks import Shared, all_tasks, split_name
-from engram_jax.training.errors import RunError
-from experiments.command_line import field_paths, keep_compiled_programs, parsed
+from engram_jax.training.errors import FINISHED, RunError
+from experiments.command_line import exit_status, field_paths, keep_compiled_programs, parsed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Options:
     """What the memory's rows are multiplied by: one number (0: off) or LAYER=NUMBER for some layers (1=0 2=0.5)."""
     batch_tokens: int = 4096
     """Tokens computed at a time, about."""
-    placement: Literal["", "device", "host"] = ""
+    placement: Literal["", "device", "host", "tiered"] = ""
     """Where the tables lie; empty: as in training."""
     mesh_fsdp: int = 1
     """Devices over which the weights are cut, and the sequences."""
@@ -166,15 +166,15 @@ def file_name(options: Options) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 2 after a mistake in the arguments, 1 if a run cannot be read."""
-    try:
-        options, tasks = parse(arguments)
-        require(bool(options.run_dirs), "give the folders of the runs to evaluate.")
-        print(saved(options) if options.table else evaluate(options, tasks, arguments), end="")
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
+    """Returns the exit status (training/errors.py). Errors are one line each."""
+    return exit_status(lambda: run(arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    options, tasks = parse(arguments)
+    require(bool(options.run_dirs), "give the folders of the runs to evaluate.")
+    print(saved(options) if options.table else evaluate(options, tasks, arguments), end="")
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from typing import Literal
 
 import tyro
 
-from engram_jax.config import ConfigError
+from engram_jax.training.errors import FINISHED, RunError
+from experiments.command_line import exit_status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +30,21 @@ class Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 2 after a mistake in the arguments, 1 if the run cannot be read."""
-    options = tyro.cli(Options, args=list(arguments), prog="python -m experiments.export", use_underscores=True)
+    """Returns the exit status (training/errors.py). Errors are one line each."""
+    return exit_status(lambda: run(list(arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    options = tyro.cli(Options, args=arguments, prog="python -m experiments.export", use_underscores=True)
     # Here, because they bring jax, which --help does not wait for.
     from engram_jax.interop.runs import export_run
     from engram_jax.memory.table_index import TableFileError
-    from engram_jax.training.errors import RunError
 
     try:
         export_run(options.run_dir, options.folder, options.dtype)
-    except (ConfigError, RunError, TableFileError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
+    except (TableFileError, OSError) as error:
+        raise RunError(str(error)) from error
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import tyro
 
-from engram_jax.config import ConfigError
+from engram_jax.training.errors import FINISHED, RunError
+from experiments.command_line import exit_status
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,18 +24,19 @@ class Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 2 after a mistake in the arguments, 1 if the folder cannot be read."""
-    options = tyro.cli(Options, args=list(arguments), prog="python -m experiments.import_run", use_underscores=True)
-    # Here, because they bring jax, which --help does not wait for.
-    from engram_jax.interop.runs import import_run
-    from engram_jax.training.errors import RunError
+    """Returns the exit status (training/errors.py). Errors are one line each."""
+    return exit_status(lambda: run(list(arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    options = tyro.cli(Options, args=arguments, prog="python -m experiments.import_run", use_underscores=True)
+    from engram_jax.interop.runs import import_run  # here, because it brings jax, which --help does not wait for
 
     try:
         import_run(options.folder, options.run_dir)
-    except (ConfigError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
+    except OSError as error:
+        raise RunError(str(error)) from error
+    return FINISHED
 
 
 if __name__ == "__main__":

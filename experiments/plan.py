@@ -31,12 +31,11 @@ from typing import Any
 import tyro
 
 from engram_jax.aot.chips import Topology, topology
-from engram_jax.config import ConfigError, RunConfig, require, to_dict
+from engram_jax.config import RunConfig, require, to_dict
 from engram_jax.counts import parameters, sparse_parameters
-from engram_jax.training.errors import RunError
 from experiments import scaling
-from experiments.command_line import field_paths, parsed
-from experiments.compile import FITS, GAVE_UP, MISTAKE, TOO_LARGE, Compile, compile_report, needed
+from experiments.command_line import exit_status, field_paths, parsed
+from experiments.compile import FITS, TOO_LARGE, Compile, compile_report, needed
 from experiments.estimates import SHORTEST_STEP, Needs, needs
 from experiments.launch import commands
 from experiments.slices import laid_out
@@ -73,11 +72,7 @@ class Planned:
 
 def main(arguments: Sequence[str], compile_programs: Compile | None = None) -> int:
     """Does what the command line `arguments` say; returns the exit status. Errors are one line each."""
-    try:
-        return run(list(arguments), compile_programs)
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKE if isinstance(error, ConfigError) else GAVE_UP
+    return exit_status(lambda: run(list(arguments), compile_programs))
 
 
 def run(arguments: list[str], compile_programs: Compile | None = None) -> int:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from engram_jax.config import ConfigError, require
-from engram_jax.training.errors import RunError
+from experiments.command_line import exit_status
 
 if TYPE_CHECKING:  # they bring jax, which --help does not wait for
     from engram_jax.data.tokenizer import Tokenizer
@@ -66,16 +66,12 @@ class Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status: 2 after a mistake in the arguments, 1 if the run or a prompt cannot be used."""
-    options = tyro.cli(Options, args=list(arguments), prog="python -m experiments.sample", use_underscores=True)
-    try:
-        return sample(options)
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except BrokenPipeError:  # ... | head
-        sys.stderr.close()
-        return 0
+    """Returns the exit status (training/errors.py). Errors are one line each."""
+    return exit_status(lambda: run(list(arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    return sample(tyro.cli(Options, args=arguments, prog="python -m experiments.sample", use_underscores=True))
 
 
 def sample(options: Options) -> int:

@@ -24,9 +24,9 @@ from typing import Annotated
 
 import tyro
 
-from engram_jax.config import ConfigError, RunConfig, require
-from engram_jax.training.errors import FAILED, FINISHED, MISTAKEN, RunError
-from experiments.command_line import field_paths, parsed
+from engram_jax.config import RunConfig, require
+from engram_jax.training.errors import FINISHED
+from experiments.command_line import exit_status, field_paths, parsed
 from experiments.registry import nearest
 from experiments.studies import STUDIES
 from experiments.studies.analysed import write_analysis
@@ -58,11 +58,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Does what the command line says; returns the exit status (training/errors.py). Errors are one line each."""
-    try:
-        return run(list(arguments))
-    except (ConfigError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKEN if isinstance(error, ConfigError) else FAILED
+    return exit_status(lambda: run(list(arguments)))
 
 
 def run(arguments: list[str]) -> int:

@@ -7,7 +7,7 @@ import pytest
 from engram_jax.aot.chips import topology
 from engram_jax.aot.remedies import remedies
 from engram_jax.config import ConfigError, replace
-from engram_jax.training.errors import RunError
+from engram_jax.training.errors import FAILED, MISTAKEN, RunError
 from experiments import compile as command
 from experiments.registry import build
 
@@ -125,7 +125,7 @@ def test_tables_too_large_for_the_hosts_do_not_fit_either(compiler, tmp_path, ca
 )
 def test_a_mistake_ends_with_2_before_anything_compiles(arguments, said, compiler, capsys):
     compiler(lambda config: pytest.fail("compiled"))
-    assert command.main(arguments) == command.MISTAKE
+    assert command.main(arguments) == MISTAKEN
     assert said in capsys.readouterr().err
 
 
@@ -134,7 +134,7 @@ def test_a_compiler_that_gives_up_ends_with_1(monkeypatch, capsys):
         raise RunError("The compiler's process was ended by signal 6: Check failed")
 
     monkeypatch.setattr("engram_jax.aot.child.compile_apart", gives_up)
-    assert command.main(["moe_tiny", "--topology", "v5e-4"]) == command.GAVE_UP
+    assert command.main(["moe_tiny", "--topology", "v5e-4"]) == FAILED
     assert "signal 6" in capsys.readouterr().err
 
 

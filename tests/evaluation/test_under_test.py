@@ -111,6 +111,15 @@ def test_greedy_takes_the_id_that_scores_call_greedy(model, rng, scale):
         assert scored.is_greedy[len(prompt) - 1 :].all()
 
 
+@pytest.mark.parametrize("placement", ["host", "tiered"])
+def test_where_the_tables_lie_changes_no_bit(model, run_dir, rng, placement):
+    given = sequences(rng, (20, 64, 90))
+    there = UnderTest.load(run_dir, batch_tokens=256, placement=placement)
+    assert there.parts.config.memory.placement == placement != model.parts.config.memory.placement
+    for ours, theirs in zip(there.score(given), model.score(given), strict=True):
+        np.testing.assert_array_equal(ours.losses, theirs.losses)
+
+
 @pytest.mark.slow
 def test_a_mesh_changes_nothing(model, run_dir, rng):
     """Sequences over two devices, and heads, widths, vocabulary over two more; the table's rows over all four."""

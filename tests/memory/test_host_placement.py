@@ -146,6 +146,7 @@ def test_without_donation_the_old_table_stays(mesh):
     assert memory_kinds(written) == {"pinned_host"}
 
 
+@pytest.mark.usefixtures("emitted_as_for_users")
 def test_one_program_reads_the_next_rows_and_writes_the_last(mesh):
     """Prefetching: the rows read are those before the write, and the table is not copied for it."""
     rng = np.random.default_rng(3)

@@ -68,7 +68,7 @@ sys.exit(main(sys.argv[1:]))
     def __init__(self, config, run_dir, compiled, count, devices):
         super().__init__(config, run_dir, compiled)
         self.count = count
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
         self.environment |= {"XLA_FLAGS": flags}
 
     @contextlib.contextmanager

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 
@@ -15,80 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import numbers
-from jax.experimental.compilation_cache import compilation_cache
+from sight_model import CONFIG, B, K, M, T, make_batch, on_devices
 
 from engram_jax.config import (
-    AttentionConfig,
-    CheckpointConfig,
-    DataConfig,
-    EngramConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
     replace,
 )
-from engram_jax.data.tokenizer import train_tokenizer
 from engram_jax.layers.engram import EngramReader
 from engram_jax.memory.hashing import ngram_row_ids_numpy
 from engram_jax.memory.placements import DevicePlacement
 from engram_jax.sharding import BATCH
 from engram_jax.training.assembly import assemble
-from engram_jax.training.loop import train
 from engram_jax.training.sight import BUCKETS, collisions, make_sight
-from engram_jax.training.stepper import Stepper
 
 pytestmark = pytest.mark.newest
 
-B, T, K, M, VOCAB = 8, 16, 8, 2, 270
 LAYERS = ("0", "1")
 LOOK_STEP = 92
-CONFIG = RunConfig(
-    model=ModelConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        num_hidden_layers=2,
-        intermediate_size=16,
-        attention=AttentionConfig(
-            num_attention_heads=1, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, kv_lora_rank=8
-        ),
-        engram=EngramConfig(
-            engram_layer_ids=(0, 1), engram_n_heads=K, engram_head_dim=4, engram_vocab_size=(211, 1009)
-        ),
-        hc_mult=M,
-        hc_sinkhorn_iters=1,
-        dtype="float32",
-    ),
-    data=DataConfig(seq_len=T, batch_size=B),
-    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-    train=TrainConfig(steps=100),
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """Their folder: equal programs are compiled once."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([f"def f{i}(self): return self.x{i}\n" for i in range(50)], VOCAB).backend
-
-
-def make_batch(seed):
-    """Two documents a row and padding at its end; few tokens, so that n-grams repeat."""
-    rng = np.random.default_rng(seed)
-    tokens_BT = (40 + np.minimum(rng.zipf(1.5, (B, T)), 12)).astype(np.int32)
-    segment_ids = np.tile(np.repeat(np.array([1, 2, 0], np.int32), (7, 6, 3)), (B, 1))
-    positions = np.tile(np.concatenate([np.arange(7), np.arange(6), np.arange(3)]).astype(np.int32), (B, 1))
-    targets_BT = np.where(segment_ids > 0, np.roll(tokens_BT, -1, axis=1), -1).astype(np.int32)
-    return {"tokens": tokens_BT, "targets": targets_BT, "segment_ids": segment_ids, "positions": positions}
 
 
 @dataclass(frozen=True)
@@ -112,11 +53,6 @@ class Looked:
 
 
 STEPS = [*range(20), *range(50, 90, 3)]
-"""Updates before the look: with a gap, so that rows have waited."""
-
-
-def on_devices(parts, batch):
-    return jax.device_put(batch, jax.NamedSharding(parts.mesh, jax.P(BATCH)))
 
 
 def with_gates_apart(parts, state):
@@ -353,118 +289,3 @@ def test_only_what_there_is_has_a_name(tokenizer):
     gate = [f"gate_{la}/{group}_{what}" for la in LAYERS for group in groups for what in ("mean", "std")]
     assert metrics.keys() == {f"memory/{name}" for name in collision + gate}
     assert all(x.shape == () and x.dtype == jnp.float32 for x in metrics.values())
-
-
-@pytest.fixture(scope="module")
-def stepped(tokenizer):
-    """`stepped(placement)`: losses of five steps and three looks between them."""
-
-    def run(placement):
-        config = replace(CONFIG, memory__placement=placement, model__engram__engram_layer_ids=(0,), model__hc_mult=1)
-        parts = assemble(config, tokenizer, jax.devices()[:1])
-        batches = (on_devices(parts, make_batch(seed)) for seed in itertools.count())
-        losses, looks = [], []
-        with jax.set_mesh(parts.mesh), Stepper(parts, batches) as stepper:
-            state = parts.init_state()
-            for step in range(5):
-                if step in (0, 3, 4):
-                    looks.append(stepper.look(state))
-                state, metrics = stepper(state, step)
-                losses.append(float(metrics["loss"]))
-        return losses, [{name: float(x) for name, x in seen.items()} for seen in looks]
-
-    return functools.cache(run)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("placement", ["numpy", "host"])
-def test_every_placement_sees_the_same(stepped, placement):
-    """While rows are read ahead and written behind; what the steps see is not disturbed by it."""
-    losses, looks = stepped(placement)
-    device_losses, device_looks = stepped("device")
-    np.testing.assert_allclose(losses, device_losses, rtol=1e-6)
-    for seen, on_device in zip(looks, device_looks, strict=True):
-        assert seen.keys() == on_device.keys()
-        for name, value in seen.items():
-            np.testing.assert_allclose(value, on_device[name], rtol=1e-4, err_msg=name)
-
-
-def test_a_memory_fills_between_looks(stepped):
-    _, (first, third, fourth) = stepped("device")
-    assert math.isnan(first["memory/staleness_0/max"]) and first["memory/collision_0/order2"] == 0
-    assert math.isnan(first["memory/gate_0/seen_1_3_mean"]) and not math.isnan(first["memory/gate_0/seen_0_mean"])
-    assert third["memory/staleness_0/max"] == 2 and fourth["memory/staleness_0/max"] == 3
-    assert 0 < third["memory/collision_0/order3"] != fourth["memory/collision_0/order3"]
-
-
-def test_without_memory_there_is_nothing_to_see(tokenizer):
-    parts = assemble(replace(CONFIG, model__engram__engram_layer_ids=()), tokenizer, jax.devices()[:1])
-    with jax.set_mesh(parts.mesh), Stepper(parts, iter(())) as stepper:
-        assert stepper.look(parts.init_state()) == {}
-
-
-# --- in a run ---
-
-
-@pytest.fixture(scope="module")
-def run_config(tmp_path_factory):
-    """A run of 8 steps with a checkpoint at 4."""
-    rng = np.random.default_rng(3)
-    words = ["".join(rng.choice(list("abcdefghijkl"), rng.integers(2, 8))) for _ in range(100)]
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(100):
-        (folder / f"{i:03d}.txt").write_text(" ".join(rng.choice(words, 30)) + f" {i}\n")
-    return replace(
-        CONFIG,
-        model__vocab_size=300,
-        model__num_hidden_layers=1,
-        model__hc_mult=1,
-        model__engram__engram_layer_ids=(0,),
-        data=DataConfig(
-            corpus=str(folder),
-            cache_dir=str(tmp_path_factory.mktemp("cache")),
-            seq_len=T,
-            batch_size=B,
-            holdout_fraction=0.1,
-        ),
-        train=TrainConfig(steps=8, log_every=2, eval_every=0, eval_batches_final=1, tensorboard=False),
-        checkpoint=CheckpointConfig(every=4),
-        memory__sight_every=3,
-    )
-
-
-def is_sight(name):
-    return name.startswith(("memory/collision_", "memory/gate_", "memory/staleness_"))
-
-
-@pytest.fixture(scope="module")
-def seen_run(run_config, tmp_path_factory):
-    folder, lines = tmp_path_factory.mktemp("seen"), []
-    train(run_config, folder, lines.append)
-    return folder, lines
-
-
-@pytest.mark.slow
-def test_a_run_writes_its_looks_and_trains_as_without(run_config, seen_run, tmp_path):
-    folder, log = seen_run
-    seen = {line["step"]: {k: v for k, v in line.items() if is_sight(k)} for line in numbers(folder)}
-    assert [step for step, values in seen.items() if values] == [3, 6]  # 3 is no step of log_every
-    for values in (seen[3], seen[6]):
-        assert all(math.isfinite(x) for x in values.values())
-        assert not [name for name in values if "seen_64_up" in name]  # an empty bucket is left out
-        assert {"memory/collision_0/order3", "memory/gate_0/stream0_std", "memory/staleness_0/mean"} <= values.keys()
-    assert not [line for line in log if "collision" in line]
-    train(replace(run_config, memory__sight_every=0), tmp_path, lambda line: None)
-    rest = [{k: v for k, v in line.items() if not is_sight(k)} for line in numbers(folder)]
-    assert [line for line in rest if line != {"step": 3}] == numbers(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_sees_the_same(run_config, seen_run, tmp_path):
-    folder = shutil.copytree(seen_run[0], tmp_path / "run")
-    shutil.rmtree(folder / "checkpoints" / "8")
-    (folder / "result.json").unlink()
-    lines = []
-    train(run_config, folder, lines.append)
-    assert "Resumed at step 4 of 8." in lines
-    assert [line for line in numbers(folder) if line["step"] != 5] == numbers(seen_run[0])

@@ -1,0 +1,38 @@
+"""What all commands share: the exit status, and errors of one line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from engram_jax.config import ConfigError
+from engram_jax.training.errors import FAILED, FINISHED, MISTAKEN, RunError
+from experiments.command_line import NOBODY_READS, exit_status
+
+
+def test_the_status_is_the_commands():
+    assert exit_status(lambda: FINISHED) == FINISHED
+    assert exit_status(lambda: 3) == 3
+
+
+@pytest.mark.parametrize(("error", "status"), [(ConfigError("no."), MISTAKEN), (RunError("no."), FAILED)])
+def test_a_mistake_is_one_line(capsys, error, status):
+    def command():
+        raise error
+
+    assert exit_status(command) == status
+    assert capsys.readouterr().err == "error: no.\n"
+
+
+def test_a_bug_is_no_mistake():
+    with pytest.raises(ZeroDivisionError):
+        exit_status(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("line", ["print('report')", "print('report' * 100_000, flush=True)"])
+def test_a_reader_may_leave(line):
+    code = f"import sys; from experiments.command_line import exit_status; sys.exit(exit_status(lambda: {line} or 0))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == NOBODY_READS
