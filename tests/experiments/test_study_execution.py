@@ -140,7 +140,7 @@ def test_files_without_raw_numbers_are_refused(tmp_path, text, capsys):
     assert command.main(["depth", "--print", "--results", str(file)]) == MISTAKEN
 
 
-@pytest.mark.parametrize("name", ["pair", "allocation", "layers", "memory_scaling"])
+@pytest.mark.parametrize("name", ["pair", "allocation", "layers", "memory_scaling", "ablations"])
 def test_published_numbers_are_those_of_the_study_as_it_is(name):
     """A change of its settings must not leave results behind that look like its own."""
     points = STUDIES[name].at(STUDIES[name].scales["tiny"]())
