@@ -133,8 +133,9 @@ def test_bfloat16_rows_equal_tables_on_devices_bit_for_bit():
     assert result[1]["0"].rows.dtype == ml_dtypes.bfloat16
     *bits, whole = on_devices(None, "bfloat16")
     assert_same(list(result[:-1]), bits)
-    # Rows as of now are made of equal bits by two programs, and rounded as the emitters of tests/conftest.py please.
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2**-23, atol=1e-7), result[-1], whole)
+    # Rows as of now are made of equal bits by two programs; jax 0.10's other emitters (tests/conftest.py) round apart.
+    rounding = {"rtol": 2**-23, "atol": 1e-7} if "fusion_emitters=false" in os.environ["XLA_FLAGS"] else {"rtol": 0}
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **rounding), result[-1], whole)
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 4)])

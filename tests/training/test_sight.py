@@ -16,9 +16,7 @@ import numpy as np
 import pytest
 from sight_model import CONFIG, B, K, M, T, make_batch, on_devices
 
-from engram_jax.config import (
-    replace,
-)
+from engram_jax.config import replace
 from engram_jax.layers.engram import EngramReader
 from engram_jax.memory.hashing import ngram_row_ids_numpy
 from engram_jax.memory.placements import DevicePlacement
