@@ -34,7 +34,8 @@ def new_tables(store: MemoryStore, key: jax.Array) -> dict[str, Table]:
         rows, layer_key = store.layouts[layer].rows_per_shard, jax.random.fold_in(key, int(layer))
         count = min(CHUNK_ROWS, rows)
         for start in range(0, rows, count):
-            tables[layer] = write(tables[layer], start, first(layer_key, jnp.int32(start), layer, count))
+            chunk = first(layer_key, jnp.int32(start), layer, count)
+            tables[layer] = jax.block_until_ready(write(tables[layer], start, chunk))  # or chunks queue up in memory
     return tables
 
 
@@ -79,19 +80,26 @@ def chunk_writer(store: MemoryStore, layer: str) -> Callable[[Table, int, TableS
 
 
 def filled(
-    store: MemoryStore, layer: str, table: Table, read: Callable[[int, int, int], TableState], count: int = CHUNK_ROWS
+    store: MemoryStore,
+    layer: str,
+    table: Table,
+    read: Callable[[int, int, int], TableState],
+    count: int = CHUNK_ROWS,
+    convert: Callable[[TableState], TableState] = lambda chunk: chunk,
 ) -> Table:
     """A table filled with `read(shard, start, count)`: local rows start .. start + count of a shard, NumPy arrays.
 
-    Rows beyond a shard's end are asked for and dropped. Needs the memory of a chunk beside the table.
+    Rows beyond a shard's end are asked for and dropped. `convert` makes rows of this store of what was read, on the
+    devices. Needs the memory of two chunks beside the table.
     """
     rows, sharding = store.layouts[layer].rows_per_shard, outside.sharding_over_devices()
     shards = outside.shards_here(sharding, store.shards)
     count = min(count, rows)
     write = chunk_writer(store, layer)
     for start in range(0, rows, count):
-        parts = [read(shard, start, count) for shard in shards]
-        table = write(table, start, outside.to_devices(parts, sharding, store.shards))
+        parts = [read(shard, start, count) for shard in shards]  # while the chunk before is written
+        jax.block_until_ready(table)  # reading can be the faster of the two: chunks would queue up in memory
+        table = write(table, start, convert(outside.to_devices(parts, sharding, store.shards)))
     return table
 
 

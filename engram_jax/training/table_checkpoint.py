@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from engram_jax.memory.chunks import chunk_reader, chunk_writer
+from engram_jax.memory.chunks import chunk_reader, filled
 from engram_jax.memory.placements import Table
 from engram_jax.memory.store import MemoryStore
-from engram_jax.memory.table import TableState
+from engram_jax.memory.table import TableLayout, TableState
 from engram_jax.memory.table_files import ShardWriter, TableReader, rows_per_chunk
 from engram_jax.memory.table_index import Field
 
@@ -72,36 +72,23 @@ def restore_tables(
     Raises `TableFileError` if the files are not whole, damaged, or another table's.
     """
     fields = fields_of(saved_by or store)
-    begin_anew = None if saved_by is None else _begin_anew(saved_by, store, step)
+    convert = _begin_anew(saved_by, store, step) if saved_by else lambda chunk: chunk
     readers = {layer: TableReader(directory / layer) for layer in store.layers}
     for layer, reader in readers.items():
         reader.check(store.layouts[layer], fields)
-    tables = store.allocate()
-    sharding = NamedSharding(mesh, jax.P(mesh.axis_names))
-    for layer, layout in store.layouts.items():
-        rows = layout.rows_per_shard
-        count = min(rows_per_chunk(fields), rows)
-        write = chunk_writer(store, layer)
-        for start in range(0, rows, count):
-            parts: dict[str, list[jax.Array]] = {name: [] for name in fields}
-            for device, index in sharding.addressable_devices_indices_map((mesh.size,)).items():
-                shard = index[0].start or 0  # type: ignore[index]
-                arrays = readers[layer].read(layout, shard, start, min(count, rows - start))
-                for name, array in arrays.items():
-                    whole = np.zeros((count, *array.shape[1:]), array.dtype)
-                    whole[: len(array)] = array
-                    parts[name].append(jax.device_put(whole, device))
-            chunk = {
-                name: jax.make_array_from_single_device_arrays(
-                    (mesh.size * count, *arrays[0].shape[1:]), sharding, arrays
-                )
-                for name, arrays in parts.items()
-            }
-            rows_of_chunk = _unnamed(chunk)
-            if begin_anew is not None:
-                rows_of_chunk = begin_anew(rows_of_chunk)
-            tables[layer] = write(tables[layer], start, rows_of_chunk)
+    with jax.set_mesh(mesh):
+        tables = store.allocate()
+        for layer, reader in readers.items():
+            read = partial(_local_rows, reader, store.layouts[layer])
+            tables[layer] = filled(store, layer, tables[layer], read, rows_per_chunk(fields), convert)
     return tables
+
+
+def _local_rows(reader: TableReader, layout: TableLayout, shard: int, start: int, count: int) -> TableState:
+    """Local rows start .. start + count of a shard, zero beyond its end."""
+    there = min(count, layout.rows_per_shard - start)
+    rows = reader.read(layout, shard, start, there)
+    return _unnamed({name: np.pad(x, [(0, count - there)] + [(0, 0)] * (x.ndim - 1)) for name, x in rows.items()})
 
 
 def _begin_anew(saved_by: MemoryStore, store: MemoryStore, step: int) -> Callable[[TableState], TableState]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engram_jax.config import EngramConfig
+from engram_jax.memory import chunks
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.row_optimizers import CatchUpAdam, DenseAdam
 from engram_jax.memory.store import MemoryStore
@@ -107,3 +108,21 @@ def test_zero_gradients_of_an_all_padding_batch_leave_a_new_table_as_it_was(key)
 def test_without_engram_layers_the_store_is_empty(key):
     store = make_store(config=EngramConfig())
     assert store.init(key).tables == {} and store.plan(tokens()) == {}
+
+
+def test_filling_reads_ahead_by_one_chunk_and_no_more(monkeypatch):
+    """A disk faster than the devices must not pile chunks up in their memory: a table of 130 MB once took 47 MB more."""
+    store, log = make_store(), []
+
+    class Writing:
+        def block_until_ready(self):
+            log.append("written")
+            return self
+
+    def read(shard, start, count):
+        log.append(f"read {start}")
+        return jax.tree.map(lambda x: np.zeros((count, *x.shape[1:]), x.dtype), store.row_shapes())
+
+    monkeypatch.setattr(chunks, "chunk_writer", lambda store, layer: lambda table, start, chunk: Writing())
+    chunks.filled(store, "0", Writing(), read, count=50)
+    assert log == ["read 0", "written", "read 50", "written", "read 100", "written"]

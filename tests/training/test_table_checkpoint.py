@@ -103,7 +103,7 @@ def test_there_and_back_over_other_meshes_keeps_every_bit(optimizer, row_dtype, 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read from /proc")
 def test_saving_and_restoring_take_little_memory_beside_the_table(tmp_path):
-    """A table of 130 MB on one device, in chunks of 4 MB."""
+    """A table of 130 MB on one device, in chunks of 2 MB."""
     measured = run_apart("measure_memory", tmp_path)
     shard, saving, restoring = (int(number) for number in measured.stdout.split()[-3:])
     assert measured.returncode == 0 and shard > 120e6
@@ -122,7 +122,7 @@ def run_apart(function, *arguments):
 
 def measure_memory(folder):
     """Prints the table's bytes, and by how much more than before it this process grew to save and to restore it."""
-    table_files.CHUNK_BYTES, chunks.CHUNK_ROWS = 4 * 2**20, 4096
+    table_files.CHUNK_BYTES, chunks.CHUNK_ROWS = 2 * 2**20, 2048
     mesh = mesh_of(1)
 
     def now():
