@@ -32,8 +32,13 @@ def exit_status(command: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return MISTAKEN if isinstance(error, ConfigError) else FAILED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it exits
-        return NOBODY_READS
+        return nobody_reads()
+
+
+def nobody_reads() -> int:
+    """The exit status after a BrokenPipeError; what is still printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more as it exits
+    return NOBODY_READS
 
 
 def parsed(

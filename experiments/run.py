@@ -32,7 +32,7 @@ import tyro
 
 from engram_jax.config import ConfigError, RunConfig, require, to_dict
 from engram_jax.training.errors import FAILED, FINISHED, INTERRUPTED, MISTAKEN, PEERS_LOST, PeersError, RunError
-from experiments.command_line import field_paths, keep_compiled_programs, parsed
+from experiments.command_line import field_paths, keep_compiled_programs, nobody_reads, parsed
 from experiments.registry import RUNS, build, find
 
 
@@ -59,7 +59,9 @@ def main(arguments: Sequence[str]) -> int:
     Errors are one line each.
     """
     try:
-        return run(list(arguments))
+        status = run(list(arguments))
+        sys.stdout.flush()
+        return status
     except (ConfigError, RunError) as error:
         status, together = MISTAKEN if isinstance(error, ConfigError) else FAILED, True
         print(f"error: {error}", file=sys.stderr)
@@ -68,6 +70,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
     except BaseException as error:
         if "jax" not in sys.modules or not _among_others():
+            if isinstance(error, BrokenPipeError):
+                return nobody_reads()
             raise
         status, together = INTERRUPTED if isinstance(error, KeyboardInterrupt) else PEERS_LOST, False
         traceback.print_exc()

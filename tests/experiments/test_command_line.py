@@ -36,3 +36,11 @@ def test_a_reader_may_leave(line):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == NOBODY_READS
+
+
+def test_a_reader_of_a_run_may_leave():
+    command = [sys.executable, "-m", "experiments.run", "moe_tiny", "--print"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == NOBODY_READS
