@@ -20,6 +20,11 @@ a time compiled for v5p-64: 36 GB of temporaries for 12.6 GB)."""
 UNEVEN = 1 / 32
 """Experts that may be missing for an even share, of all: 55 go to 8 devices as 56 would."""
 
+WEIGHTS_PER_TOKENS = {2: 1, 3: 4}
+"""By the dims of the slice's torus: bytes of experts whose gathering costs a step what exchanging one byte of tokens
+does. A gather uses the links of every dim, an exchange pays for hops, and its blocks have room that is computed with.
+Compiled steps of moe_2e20 tie at 1.05 on v5e-64 and at 4.2 on v5p-256 (docs/pods.md)."""
+
 MIN_PIECE = 1024
 """Positions to which a sequence is cut at most: attention's blocks are hundreds of them, and keys travel for each."""
 
@@ -28,9 +33,9 @@ def laid_out(run: RunConfig, where: Topology) -> RunConfig:
     """The run as one would start it there: weights cut over the slice, as many sequences at a time as have room.
 
     A sequence lies on one device, or on as few as have room for it and leave the batch divisible. Experts are
-    distributed over as many devices as share them (nearly) evenly, where their tokens are fewer bytes than their
-    weights; the rest of the cut is fsdp's. On a 3D torus the weights are cut over half of the slice: over all of it
-    libtpu gathers by all-reduce, at twice the bytes.
+    distributed over as many devices as share them (nearly) evenly, where exchanging their tokens costs less than
+    gathering their weights; the rest of the cut is fsdp's. On a 3D torus the weights are cut over half of the slice:
+    over all of it libtpu gathers by all-reduce, at twice the bytes.
     """
     context = _context(run, where)
     devices = where.devices // where.slices // (2 if where.chip.torus == 3 and where.chips > 8 else 1) // context
@@ -39,7 +44,8 @@ def laid_out(run: RunConfig, where: Topology) -> RunConfig:
     moe = run.model.moe
     weights = 3 * moe.n_routed_experts * moe.moe_intermediate_size  # both of these times hidden_size
     tokens = 2 * moe.capacity_factor * moe.num_experts_per_tok * at_once * run.data.seq_len // context
-    experts = _owners(moe.n_routed_experts, devices) if weights > tokens else 1
+    distributed = weights > tokens * WEIGHTS_PER_TOKENS[where.chip.torus]
+    experts = _owners(moe.n_routed_experts, devices) if distributed else 1
     return replace(
         run,
         train__mesh_data=-1,

@@ -45,6 +45,20 @@ def test_short_sequences_stay_whole():
     assert laid_out(replace(build("engram_27b"), data__seq_len=1024), topology("v5e-256")).train.mesh_context == 1
 
 
+@pytest.mark.parametrize(
+    ("run", "name", "experts"),
+    [
+        ("moe_27b", "v5e-256", 8),  # weights are 4.5 times their tokens: exchanged on a 2D torus
+        ("moe_2e18", "v5e-64", 4),  # 2.05 times
+        ("moe_2e20", "v5p-64", 1),  # 1.05 times: gathered on a 3D torus,
+        ("engram_2e20", "v5p-64", 1),  # as its twin's
+        ("moe_2e18", "v5p-128", 4),  # 4.1 times
+    ],
+)
+def test_experts_are_distributed_where_gathering_them_costs_more(run, name, experts):
+    assert laid_out(build(run), topology(name)).train.mesh_expert == experts
+
+
 def test_a_sequence_alone_may_be_cut_further():
     """One sequence to a device, all of the batch in the smallest parts: what is left is to cut the sequence."""
     config = replace(LONG, train__mesh_fsdp=64, train__mesh_data=1, train__grad_accum=3)
