@@ -36,6 +36,7 @@ def test_names_are_whole_and_of_several_tokens(model, monkeypatch):
     assert count > 50
 
 
+@pytest.mark.slow
 def test_from_runs_to_the_report(model, runs, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="has 0 names of several tokens, and CKA needs 64"):
         depth.analyse(runs, tmp_path)

@@ -137,6 +137,7 @@ def test_a_conversation_goes_on_until_the_end_of_input(capsys, monkeypatch, trai
     assert "leaves no room for more. /new starts again." in streams.err
 
 
+@pytest.mark.slow
 def test_a_context_longer_than_trained_is_warned_about(capsys, trained):
     assert main([str(trained), "def", "--max_len", "300", "--max_tokens", "2"]) == 0
     assert "warning: max_len=300 tokens; the model was trained at 256." in capsys.readouterr().err

@@ -12,9 +12,8 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param(name, marks=pytest.mark.slow) if "expert" in name else name for name in MESHES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
 def test_the_mesh_changes_nothing(tokenizer, rng, mesh):
     config = PAPER
     sequences = Sequences(

@@ -111,7 +111,7 @@ def test_without_engram_layers_the_store_is_empty(key):
 
 
 def test_filling_reads_ahead_by_one_chunk_and_no_more(monkeypatch):
-    """A disk faster than the devices must not pile chunks up in their memory: a table of 130 MB once took 47 MB more."""
+    """A disk faster than the devices must not pile chunks up in memory: a table of 130 MB once took 47 MB more."""
     store, log = make_store(), []
 
     class Writing:

@@ -78,6 +78,7 @@ def test_scopes_are_what_somebody_named(scope, short):
     assert _short(scope) == short
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_profile(config, tmp_path):
     lines = []
     train(replace(config, train__eval_every=0, checkpoint__every=0), tmp_path, lines.append, profile=True)

@@ -85,12 +85,14 @@ def test_killed_while_saving_is_undisturbed(config, straight, cut_off):
     assert outcome(cut_off) == outcome(straight.folder)
 
 
+@pytest.mark.slow
 def test_settings_that_touch_no_number_may_change(config, straight, cut_off):
     changed = replace(config, train__log_every=3, train__eval_every=0, checkpoint__every=1, checkpoint__keep=1)
     assert_same_end(train(changed, cut_off), straight)
     assert [line["step"] for line in numbers(cut_off) if "loss" in line] == [*range(1, 9), 9, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("abandoned_reads")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_costs_its_steps_only(config, straight, tmp_path):
