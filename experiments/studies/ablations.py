@@ -57,9 +57,10 @@ def points(base: RunConfig) -> tuple[Point, ...]:
         "across_documents": _memory(twin, engram_cross_documents=True),
         "zero_rows": _memory(twin, engram_initializer_range=0.0),
     }
-    others = {f"heads{heads}": heads for heads in HEADS if heads != engram.engram_n_heads}
+    others = [heads for heads in HEADS if heads != engram.engram_n_heads]
+    with_heads = {heads: reshaped(twin, 3, heads) for heads in reversed(others)}  # the most are the first to be refused
     rates = {f"table_lr_x{by:g}": replace(twin, optimizer__table_lr_multiplier=by) for by in MULTIPLIERS}
-    made |= rates | {name: reshaped(twin, 3, heads) for name, heads in others.items()}
+    made |= rates | {f"heads{heads}": with_heads[heads] for heads in others}
     return tuple(
         Point(name, x, config, varies=LESS if name in less else ()) for x, (name, config) in enumerate(made.items())
     )
