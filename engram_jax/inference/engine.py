@@ -97,6 +97,7 @@ class Engine:
             self._cache = jax.jit(make_cache)()
             self._last_B = placed(jnp.zeros(batch_size, jnp.int32), "batch")
         self._places = [_Place() for _ in range(batch_size)]
+        self._turn = object()
 
     def error(self, prompt: Sequence[int]) -> str | None:
         """What is wrong with a prompt; None if it can be continued."""
@@ -125,10 +126,18 @@ class Engine:
     def stream(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, ends: Callable[[int, int], bool] | None = None
     ) -> Iterator[tuple[int, int]]:
-        """Yields (index of a prompt, its next id) as they are drawn; `ends(index, id)`: stop that one before the id."""
+        """Yields (index of a prompt, its next id) as they are drawn; `ends(index, id)`: stop that one before the id.
+
+        One at a time: a new stream takes all places of the batch.
+
+        Raises:
+          ConfigError: as `generate`.
+          RuntimeError: this stream is asked for more after another one of this engine has begun.
+        """
         for prompt in prompts:
             if (error := self.error(prompt)) is not None:
                 raise ConfigError(error)
+        turn = self._turn = object()
         for place in self._places:  # an iterator before this one may have been left unfinished
             place.request, place.unread = None, []
         waiting, ended, before = deque(range(len(prompts))), set(), None
@@ -149,6 +158,11 @@ class Engine:
                         place.request = None
                     else:
                         yield index, token
+                        if self._turn is not turn:
+                            raise RuntimeError(
+                                "Another stream of this engine has begun, which ended this one: an engine serves one "
+                                "at a time. Give all prompts to one stream, or use two engines."
+                            )
             if step is None and not waiting:
                 return
             before = step

@@ -85,6 +85,9 @@ def test_an_unfinished_stream_leaves_no_trace(engine, rng):
     next(stream), next(stream)
     assert jax.sharding.get_abstract_mesh() == before
     assert engine.generate(prompts, FREE) == expected
+    with pytest.raises(RuntimeError, match="Another stream"):
+        next(stream)
+    assert engine.generate(prompts, FREE) == expected
 
 
 def test_over_devices(tokenizer, engine, rng):
