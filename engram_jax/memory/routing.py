@@ -41,6 +41,17 @@ def mesh_axes() -> Axes:
     return () if mesh.empty else mesh.axis_names
 
 
+def check_mesh(name: str, layout: TableLayout) -> None:
+    """Raises `ConfigError` unless the table of layer `name` is cut for the current mesh."""
+    devices = 1 if not mesh_axes() else jax.sharding.get_abstract_mesh().size
+    found = f"the mesh has {devices} devices" if mesh_axes() else "there is no mesh"
+    require(
+        layout.shards == devices,
+        f"The table of layer {name} is cut into {layout.shards} shards, but {found}: run this within "
+        "jax.set_mesh(mesh), and build the store for that mesh (MemoryStore.create(..., shards=mesh.size)).",
+    )
+
+
 def on_shards(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
     """`function` on each device's part; as it is outside a mesh."""
     if not mesh_axes():
@@ -71,11 +82,7 @@ def plan_rows(
     axes = mesh_axes()
     devices = 1 if not axes else jax.sharding.get_abstract_mesh().size
     for name, layout in layouts.items():
-        require(
-            layout.shards == devices,
-            f"The table of layer {name} is cut into {layout.shards} shards, but the mesh has {devices} devices: "
-            "build the store for this mesh (MemoryStore.create(..., shards=mesh.size)).",
-        )
+        check_mesh(name, layout)
         for size, dims, what in zip(ids[name].shape, lookups(2), ("sequences", "positions"), strict=False):
             parts = _size(dims)
             require(size % parts == 0, f"A batch of {size} {what} does not divide over {parts} devices.")

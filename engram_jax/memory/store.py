@@ -121,10 +121,12 @@ class MemoryStore:
 
     def materialize(self, state: MemoryState, step: jax.Array | int) -> Mapping[str, jax.Array | np.ndarray]:
         """Every row as it stands after `step` updates, in logical order: float32 [num_rows, head_dim] per layer."""
+        self.check_mesh()
         return chunks.logical_tables(self, state, step)
 
     def allocate(self) -> dict[str, Table]:
-        """Tables of zeros."""
+        """Tables of zeros. Raises `ConfigError` if they are cut for another mesh, or a device has no room for them."""
+        self.check_mesh()
         if not self.placement.in_program:
             return outside.allocate(self)
         shards_here = self.shards // jax.process_count()
@@ -132,6 +134,11 @@ class MemoryStore:
         return {
             layer: jax.jit(partial(self._allocate, layer), out_shardings=self.at_rest(layer))() for layer in self.layers
         }
+
+    def check_mesh(self) -> None:
+        """Raises `ConfigError` unless the tables are cut for the current mesh (`jax.set_mesh`)."""
+        for layer, layout in self.layouts.items():
+            routing.check_mesh(layer, layout)
 
     def at_rest(self, layer: str) -> Any:
         """What jit must be told of a table among its results: its memory and layout; None if it need not be told."""

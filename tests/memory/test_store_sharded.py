@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.config import EngramConfig, OptimizerConfig
+from engram_jax.config import ConfigError, EngramConfig, OptimizerConfig
 from engram_jax.memory import routing
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
@@ -271,3 +271,12 @@ def test_tables_of_different_widths_travel_in_one_call():
         placed = np.zeros((8 * layout.rows_per_shard, widths[la]), np.float32)
         placed[place_SU[real_SU]] = sums[la].reshape(8, -1, widths[la])[real_SU]
         np.testing.assert_array_equal(placed[layout.logical_order()], expected)
+
+
+def test_tables_cut_for_a_mesh_are_not_touched_outside_it(key):
+    store = make_store((4, 1))
+    with on_mesh((4, 1)):
+        state = store.init(key)
+    for act in (lambda: store.init(key), lambda: store.materialize(state, 0)):
+        with pytest.raises(ConfigError, match=r"4 shards, but there is no mesh: run this within jax.set_mesh"):
+            act()
