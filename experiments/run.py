@@ -31,7 +31,16 @@ from typing import Annotated
 import tyro
 
 from engram_jax.config import ConfigError, RunConfig, require, to_dict
-from engram_jax.training.errors import FAILED, FINISHED, INTERRUPTED, MISTAKEN, PEERS_LOST, PeersError, RunError
+from engram_jax.training.errors import (
+    FAILED,
+    FINISHED,
+    GOES_ON,
+    INTERRUPTED,
+    MISTAKEN,
+    PEERS_LOST,
+    PeersError,
+    RunError,
+)
 from experiments.command_line import field_paths, keep_compiled_programs, nobody_reads, parsed
 from experiments.registry import RUNS, build, find
 
@@ -77,8 +86,7 @@ def main(arguments: Sequence[str]) -> int:
         traceback.print_exc()
         print(
             "error: this process ends, and with it the others, within a minute. If the lines above speak of a "
-            "connection or a peer, another process died first. The same command on all continues from the last "
-            "checkpoint.",
+            "connection or a peer, another process died first. " + GOES_ON,
             file=sys.stderr,
         )
     if "jax" in sys.modules and _among_others():

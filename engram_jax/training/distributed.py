@@ -20,7 +20,7 @@ from jax._src import distributed  # the coordination service has no public clien
 from jax._src.clusters import ClusterEnv  # jax can join a cluster, but not say which one it would be
 
 from engram_jax.config import ConfigError
-from engram_jax.training.errors import PeersError
+from engram_jax.training.errors import GOES_ON, PeersError
 
 HEARTBEAT_SECONDS = 50
 """Without a sign of life, after which a process counts as dead; the others end at most that much later."""
@@ -31,7 +31,7 @@ EXCHANGE_SECONDS = 120
 
 _LAST_LINE = (
     "Process {id} of {count} ended before the run was done: it was killed, or another process died or lost its "
-    "connection (see above, and the other logs). The same command on all processes continues from the last checkpoint."
+    "connection (see above, and the other logs). " + GOES_ON
 )
 
 

@@ -12,6 +12,10 @@ The exit statuses of `python -m experiments.run`, which whoever starts it again 
 
 FINISHED, FAILED, MISTAKEN, PEERS_LOST, TERMINATED, INTERRUPTED = 0, 1, 2, 70, 75, 130
 
+GOES_ON = (
+    "The same command on all processes continues from the last checkpoint, or begins again where there is none yet."
+)
+
 
 class RunError(RuntimeError):
     """A run that cannot go on or be continued; the message is all the user needs to read."""
