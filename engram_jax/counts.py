@@ -160,7 +160,7 @@ class Parameters:
 
     @property
     def paper_total(self) -> int:
-        """The total as the paper prints it: with one vocabulary matrix (paper.md 2.2)."""
+        """The total as the paper prints it: with one vocabulary matrix (arXiv 2601.07372, table 1)."""
         return self.total - self.groups["head"]
 
     @property

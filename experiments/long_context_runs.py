@@ -1,4 +1,4 @@
-"""Second stages at a longer context: YaRN from a trained run's checkpoint (paper.md 3.2; docs/long_context.md).
+"""Second stages at a longer context: YaRN from a trained run's checkpoint (the paper's table 2; docs/long_context.md).
 
 python -m experiments.run engram_tiny_2k --train.init_from runs/engram_tiny
 """

@@ -33,6 +33,7 @@ if "google.colab" in sys.modules and importlib.util.find_spec("engram_jax") is N
     source = "engram_jax @ git+https://github.com/engram-jax/engram_jax"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
     importlib.invalidate_caches()
+if "google.colab" in sys.modules:
     loaded = [name for name in ("numpy", "scipy", "jax") if name in sys.modules]
     replaced = [name for name in loaded if sys.modules[name].__version__ != importlib.metadata.version(name)]
     if replaced:
@@ -210,7 +211,8 @@ for section in report.split("\n## ")[1:]:
 #   spread), add `shares`, raise `steps`; then run from there on again. A run of each takes about a minute.
 # * *The same study as one command*, in a clone of the repository, resumable and shared by as many processes as you
 #   start: `python -m experiments.study allocation --data.corpus my_texts/`. With `--scale small` it has the size of one
-#   GPU: 141 million parameters, $6.5 \cdot 10^{16}$ FLOPs for a run. `--print` shows the runs and their costs first.
+#   GPU: 141 million parameters and $6.5 \cdot 10^{16}$ FLOPs for a run, and at its second budget 303 million and
+#   $1.9 \cdot 10^{17}$. `--print` shows the runs and their costs first.
 # * *Towards the paper's size*, on a TPU pod: `python -m experiments.plan --budget 2e20 --topology v5p:4x4x4` plans the
 #   models, the tokens and the chip-hours of a point of its curve. Nothing in this notebook needs a TPU; that does.
 # * *What is in the memory?* [Inside a memory](inside_a_memory.ipynb).

@@ -33,6 +33,7 @@ if "google.colab" in sys.modules and importlib.util.find_spec("engram_jax") is N
     source = "engram_jax @ git+https://github.com/engram-jax/engram_jax"
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
     importlib.invalidate_caches()
+if "google.colab" in sys.modules:
     loaded = [name for name in ("numpy", "scipy", "jax") if name in sys.modules]
     replaced = [name for name in loaded if sys.modules[name].__version__ != importlib.metadata.version(name)]
     if replaced:

@@ -10,7 +10,8 @@ from engram_jax.config.checks import check_literals, require
 
 @dataclass(frozen=True)
 class EngramConfig:
-    """The memory: which layers read it, how n-grams become rows, how wide a row is (paper.md 1; V4.1's names)."""
+    """The memory: which layers read it, how n-grams become rows, how wide a row is (arXiv 2601.07372, section 2;
+    V4.1's names)."""
 
     engram_layer_ids: tuple[int, ...] = ()
     """Zero-based blocks that begin with an Engram reader. Empty: no memory, and the model is the plain backbone."""
@@ -138,8 +139,8 @@ class EngramConfig:
 class YarnConfig:
     """A longer context than the model was trained at, by stretched rotations (YaRN; layers/rope.py has the equations).
 
-    Names are DeepSeek's `rope_scaling` fields, values the Engram paper's long-context stage (paper.md 3.2) but for
-    `factor`, 10 there.
+    Names are DeepSeek's `rope_scaling` fields, values those of the Engram paper's long-context stage (arXiv
+    2601.07372, table 2) but for `factor`, 10 there.
     """
 
     factor: float = 1.0

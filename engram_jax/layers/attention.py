@@ -70,7 +70,8 @@ def attention(
 
 class MLA(nnx.Module):
     """Keys and values of all heads come from one normalised latent of `kv_lora_rank`; position goes through a separate
-    rope part whose key all heads share. Queries are full-rank (paper.md 2.2 of the 27B model: no query compression)."""
+    rope part whose key all heads share. Queries are full-rank (as in mHC's 27B model, arXiv
+    2512.24880, table 5)."""
 
     def __init__(
         self, hidden_size: int, config: AttentionConfig, eps: float, std: float, out_std: float, *, rngs: nnx.Rngs

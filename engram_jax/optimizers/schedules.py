@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step: linear warm-up, then drops (paper.md 2.1) or a cosine.
+"""The learning rate as a function of the step: linear warm-up, then drops (arXiv 2601.07372, table 5) or a cosine.
 
 One formula serves the traced schedule of optax and the float64 vector that catch-up Adam sums over.
 """

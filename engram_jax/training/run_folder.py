@@ -22,12 +22,14 @@ from engram_jax.training.distributed import is_first
 from engram_jax.training.errors import RunError
 from engram_jax.training.state import TrainState
 
-# Settings that may change when a run continues: none of them touches the numbers of the training steps.
+# Settings that may change when a run continues: none touches the numbers of the training steps, but for the rounding of
+# sums that another mesh or other parts of a batch take in another order.
 FREE_TO_CHANGE = (
     "train.log_every",
     "train.eval_",
     "train.tensorboard",
     "train.mesh_",
+    "train.grad_accum",
     "checkpoint.",
     "data.worker_count",
     "data.cache_dir",

@@ -7,8 +7,9 @@ import shlex
 import pytest
 
 from engram_jax.aot.chips import topology
-from engram_jax.config import replace
+from engram_jax.config import ConfigError, replace, to_dict
 from engram_jax.counts import flops_per_token, leaves, parameters
+from engram_jax.training import run_folder
 from experiments import estimates
 from experiments import run as run_command
 from experiments.launch import commands, gcloud_type, overrides
@@ -188,3 +189,15 @@ def test_a_mistake_is_one_line(capsys, said, words, message):
 def test_help_says_what_there_is(capsys, said):
     status, out, _ = said(capsys, "--help")
     assert status == 0 and re.search(r"--budget C .*FLOPs", out) and "--compile" in out and "engram_2e20" in out
+
+
+@pytest.mark.parametrize("name", ["engram_27b", "moe_2e20"])
+def test_a_run_may_go_on_on_any_slice(name, tmp_path):
+    def on(chips):
+        return laid_out(build(name), topology(chips))
+
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(on("v5p-64"))))
+    for chips in ("v5p-128", "v6e-256"):
+        run_folder.check(tmp_path, on(chips))
+    with pytest.raises(ConfigError, match=r"other settings \(train\.steps"):
+        run_folder.check(tmp_path, replace(on("v5p-128"), train__steps=1_000))

@@ -40,7 +40,7 @@ def loop_sinkhorn(logits, iters):
 
 
 def loop_step(layer, x, y):
-    """One token: x [M, D], y [D] -> the sub-layer's input and the next streams, as paper.md 1.7 writes them."""
+    """One token: x [M, D], y [D] -> the sub-layer's input and the next streams (mHC, arXiv 2512.24880, section 4)."""
     w = {name: np.asarray(a, np.float64) for name, a in nnx.to_pure_dict(nnx.state(layer)).items()}
     M = x.shape[0]
     v = x.reshape(-1) / np.sqrt((x**2).mean())

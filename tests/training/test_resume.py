@@ -111,9 +111,10 @@ def test_a_damaged_checkpoint_costs_its_steps_only(config, straight, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_moves_to_another_mesh(config, straight, cut_off):
-    result = train(replace(config, train__mesh_fsdp=4), cut_off)
-    assert result.parts.mesh.shape["fsdp"] == 4
+@pytest.mark.parametrize("other", [{"mesh_fsdp": 4}, {"mesh_fsdp": 2, "mesh_tensor": 2, "grad_accum": 2}])
+def test_a_run_moves_to_another_mesh(config, straight, cut_off, other):
+    result = train(replace(config, **{f"train__{name}": value for name, value in other.items()}), cut_off)
+    assert result.parts.mesh.shape["fsdp"] == other["mesh_fsdp"]
     assert result.evaluation.loss == pytest.approx(straight.result.evaluation.loss, abs=1e-3)
 
 
