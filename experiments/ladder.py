@@ -10,6 +10,7 @@ Two rungs make a slope, the next one tests it; the paper's points are at 2e20 an
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -69,7 +70,7 @@ def _short(number: float) -> str:
 def by_name(name: str) -> Callable[[], RunConfig] | None:
     """`engram_5e17`: the run of any budget."""
     found = re.fullmatch(rf"({'|'.join(scaling.KINDS)})_(\d+(?:\.\d+)?e\d+)", name)
-    return at_budget(found[1], float(found[2]), name) if found else None
+    return at_budget(found[1], float(found[2]), name) if found and math.isfinite(float(found[2])) else None
 
 
 FAMILIES.append(by_name)

@@ -83,7 +83,8 @@ def run(arguments: list[str], compile_programs: Compile | None = None) -> int:
     require(options.budget > 0, "say how many training FLOPs: --budget 2e20, for example.")
     require(bool(options.topology), "say for which chips: --topology v5p-64, for example.")
     unknown = [kind for kind in options.kinds if kind not in scaling.KINDS]
-    require(not unknown, f"--kinds {' '.join(unknown)}: there are {', '.join(scaling.KINDS)}.")
+    kinds = ", ".join(scaling.KINDS)
+    require(bool(options.kinds) and not unknown, f"--kinds {' '.join(unknown)}: there are {kinds}.")
     where = topology(options.topology)
     made = plan(options.budget, where, options.ratios)
     made = {kind: made[kind] for kind in scaling.KINDS if kind in options.kinds}

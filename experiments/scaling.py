@@ -46,7 +46,8 @@ class Ratios:
     """Experts' share of the sparse parameters in the model with memory: the middle of the paper's 75 to 80 %."""
 
     def __post_init__(self):
-        require(self.tokens_per_parameter > 0, f"tokens_per_parameter={self.tokens_per_parameter} must be positive.")
+        tokens = self.tokens_per_parameter
+        require(0 < tokens < math.inf, f"tokens_per_parameter={tokens} must be positive and finite.")
         require(1.5 <= self.sparsity <= 50, f"sparsity={self.sparsity} (P_tot / P_act) must lie between 1.5 and 50.")
         require(0.2 <= self.rho < 1, f"rho={self.rho} must lie in [0.2, 1): it is the experts' share.")
 

@@ -32,9 +32,11 @@ from experiments.studies import STUDIES
 from experiments.studies.analysed import write_analysis
 from experiments.studies.corpus import check_corpus
 from experiments.studies.declared import Point, Study, by_series
-from experiments.studies.execute import agree_on_plan, execute, is_finished, run_dir
+from experiments.studies.execute import agree_on_plan, execute, has_plan, is_finished, run_dir
 from experiments.studies.known import Known, known_runs
 from experiments.studies.report import budget_table, write_report
+
+SEEDS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Options:
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")]
     scale: str = "tiny"
     """Size of the runs; --list names those there are."""
-    seeds: int = 3
-    """How often each point is trained, with the seeds 0, 1, ..."""
+    seeds: int | None = None
+    """How often each point is trained, with the seeds 0, 1, ...; 3, or with report_only all that are there."""
     points: tuple[str, ...] = ()
     """Names of the points to train and report on; --print shows them. All, if none is given."""
     out: Path = Path("studies")
@@ -74,28 +76,47 @@ def run(arguments: list[str]) -> int:
     require(name in STUDIES, f"there is no study {name!r}{nearest(name, STUDIES) or '; --list shows them all'}.")
     study = STUDIES[name]
     options = parse(study, overrides)
-    require(options.seeds > 0, f"--seeds {options.seeds}: give 1 or more.")
+    require(options.seeds is None or options.seeds > 0, f"--seeds {options.seeds}: give 1 or more.")
     all_points = study.at(options.config)
     points = chosen(study, all_points, options.points)
     study_dir, report_dir = study.run_folder(options.out, options.scale), options.out / name / options.scale
     require(not (study.analyse and options.results), f"--results: {name} looks into its runs; leave it out.")
-    known = known_runs(options.results, points, options.seeds)
+    for file in options.results:
+        require(
+            file.resolve() != (study_dir / "results.jsonl").resolve(),
+            f"--results {file}: this study writes its own numbers there. Copy it elsewhere first.",
+        )
+    known = known_runs(options.results, points, options.seeds if options.seeds or options.report_only else SEEDS)
+    seeds = options.seeds or (seeds_there(study_dir, points, known) if options.report_only else SEEDS)
     if options.print:
-        print(_plan(study, points, options.seeds, study_dir, known))
+        print(_plan(study, points, seeds, study_dir, known))
         return FINISHED
-    agree_on_plan(study_dir, study.trained_in or name, all_points, write=bool(known) or not options.report_only)
-    if not options.report_only:
-        print(_plan(study, points, options.seeds, study_dir, known), flush=True)
-        check_corpus(points, options.seeds, study_dir, known, log)
-        if status := execute(study_dir, points, options.seeds, train, log, known):
+    in_study = study.trained_in or name
+    if options.report_only:
+        agree_on_plan(study_dir, in_study, all_points, write=bool(known))
+    else:
+        if has_plan(study_dir):
+            agree_on_plan(study_dir, in_study, all_points)
+        print(_plan(study, points, seeds, study_dir, known), flush=True)
+        check_corpus(points, seeds, study_dir, known, log)
+        agree_on_plan(study_dir, in_study, all_points)  # not before: a mistyped corpus would be the study's for good
+        if status := execute(study_dir, points, seeds, train, log, known):
             return status  # stopped by somebody who does not want the next run either
     if study.analyse:
-        print(write_analysis(study, points, options.seeds, study_dir, report_dir))
+        print(write_analysis(study, points, seeds, study_dir, report_dir))
         print(f"Report, raw numbers and pictures: {report_dir}")
     else:
-        print(write_report(study, points, options.seeds, study_dir, known))
+        print(write_report(study, points, seeds, study_dir, known))
         print(f"Report, raw numbers and picture: {study_dir}/report.md, results.jsonl, study.png")
     return FINISHED
+
+
+def seeds_there(study_dir: Path, points: Sequence[Point], known: Known) -> int:
+    """The number of seeds that takes in every run that is finished or known."""
+    names = {point.name for point in points}
+    runs = [folder.name.rpartition("-seed") for folder in (study_dir / "runs").glob("*-seed*") if is_finished(folder)]
+    finished = {int(seed) for name, _, seed in runs if name in names and seed.isdecimal()}
+    return 1 + max(finished | {seed for _, seed in known}, default=SEEDS - 1)
 
 
 def chosen(study: Study, points: Sequence[Point], names: Sequence[str]) -> Sequence[Point]:

@@ -6,7 +6,7 @@ with memory gives up routed experts for table rows.
 
 from __future__ import annotations
 
-from engram_jax.config import ConfigError, EngramConfig, MoEConfig, RunConfig, replace
+from engram_jax.config import ConfigError, EngramConfig, MoEConfig, RunConfig, replace, require
 from engram_jax.counts import backbone_parameters, parameters
 
 
@@ -40,6 +40,10 @@ def engram_twin(run: RunConfig, engram: EngramConfig, n_routed_experts: int, mul
     least, next_one = (backbone_parameters(narrowed(w).model).active for w in (multiple, 2 * multiple))
     near = min(max(1, 1 + round((target.active - least) / (next_one - least))), widest // multiple)
     widths = [multiple * n for n in (near - 1, near, near + 1) if 1 <= n <= widest // multiple]
+    require(
+        bool(widths),
+        f"model.moe.moe_intermediate_size={widest}: the twin's narrower experts would have a width below {multiple}.",
+    )
     width = min(widths, key=lambda w: abs(backbone_parameters(narrowed(w).model).active - target.active))
     twin = narrowed(width)
     spare = target.total - backbone_parameters(twin.model).total

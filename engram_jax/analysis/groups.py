@@ -58,7 +58,12 @@ class OverSeeds:
         return self.mean - half, self.mean + half
 
     def differs_from(self, number: float = 0.0) -> bool:
-        """Whether neither the choice of documents nor (with more than one) the seeds' spread explains it, at 95 %."""
+        """Whether neither the choice of documents nor (with more than one) the seeds' spread explains it, at 95 %.
+
+        Never with one document and one seed: nothing is known of any spread then.
+        """
+        if self.stderr is None and self.std is None:
+            return False
         by_documents = self.stderr is None or abs(self.mean - number) > 1.96 * self.stderr
         low, high = self.interval() or (math.inf, math.inf)
         by_seeds = len(self.values) == 1 or not low <= number <= high

@@ -88,8 +88,8 @@ def at_budget(base: RunConfig, series: str, prefix: str = "") -> tuple[Point, ..
         except ConfigError:
             continue  # they do not pay for the reader
         found[sparse_parameters(twin.model)[1]] = twin
-    nearest = {min(found, key=lambda rho, share=share: abs(rho - share)): share for share in SHARES}
-    chosen = sorted(rho for rho, share in nearest.items() if abs(rho - share) <= NEAR)
+    nearest = [(min(found, key=lambda rho, share=share: abs(rho - share)), share) for share in SHARES]
+    chosen = sorted({rho for rho, share in nearest if abs(rho - share) <= NEAR})
     require(
         len(chosen) > 3,
         f"model.moe.n_routed_experts={moe.n_routed_experts} with {moe.num_experts_per_tok} active allows only "

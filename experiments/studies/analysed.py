@@ -8,7 +8,8 @@ from pathlib import Path
 from engram_jax.training.errors import RunError
 from experiments.studies.declared import FinishedRun, Point, Study
 from experiments.studies.execute import check_finished, is_finished, run_dir
-from experiments.studies.report import budget_table, write_text
+from experiments.studies.files import write_text
+from experiments.studies.report import budget_table
 
 
 def finished_runs(points: Sequence[Point], seeds: int, study_dir: Path) -> list[FinishedRun]:

@@ -146,7 +146,7 @@ def verdict(measured: Measured) -> list[str]:
         heads = {
             -1: "converges earlier with memory",
             1: "converges later with memory",
-            0: "nothing found beyond the spread over seeds",
+            0: "nothing found beyond the spread over seeds" if len(by_S) > 1 else "one seed alone shows nothing",
         }
         one_by_one = "; ".join(
             f"{word} in {', '.join(str(la) for la, by in enumerate(by_SL.T) if sign(by) == which) or 'none'}"

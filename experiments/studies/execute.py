@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import uuid
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from engram_jax import __version__
 from engram_jax.config import ConfigError, RunConfig, differences, from_dict, replace, to_dict
 from engram_jax.training.errors import FINISHED
 from experiments.studies.declared import Point
+from experiments.studies.files import write_text
+from experiments.studies.known import free_to_change
 
 Train = Callable[[RunConfig, Path], int]
 """Trains a run in a folder, continuing what is there; returns its exit status (training/errors.py)."""
@@ -32,6 +35,10 @@ def is_finished(folder: Path) -> bool:
     return (folder / "result.json").is_file()
 
 
+def has_plan(study_dir: Path) -> bool:
+    return (study_dir / "plan.json").exists()
+
+
 def agree_on_plan(study_dir: Path, name: str, points: Sequence[Point], write: bool = True) -> None:
     """Writes plan.json, or compares with the one that is there. More seeds are welcome, and so are more points.
 
@@ -40,22 +47,20 @@ def agree_on_plan(study_dir: Path, name: str, points: Sequence[Point], write: bo
     """
     ours = {"study": name, "version": __version__, "points": [_described(point) for point in points]}
     path = study_dir / "plan.json"
-    if not path.exists():
-        if study_dir.is_dir() and any(study_dir.iterdir()):
+    if not has_plan(study_dir):
+        if _is_other(study_dir) and not path.exists():  # looked for again: another process may have begun meanwhile
             raise ConfigError(f"{study_dir} holds files and no plan.json, so it is no study: give another --out.")
-        if write:
-            study_dir.mkdir(parents=True, exist_ok=True)
-            # By its own name, and linked: of two processes that start at once, one writes the plan and both read it.
-            own = _written(study_dir, ours)
-            with contextlib.suppress(FileExistsError):
-                os.link(own, path)
-            own.unlink()
-        else:
+        if not write:
             raise ConfigError(f"{study_dir} has no plan.json: nothing of this study was trained here.")
+        try:
+            study_dir.mkdir(parents=True, exist_ok=True)
+            _begin(path, ours)
+        except OSError as error:
+            raise ConfigError(f"{study_dir} cannot be written ({error}): give another --out.") from None
     try:
         saved = json.loads(path.read_text())
         changed = _changes(ours, saved)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): give another --out.") from None
     if changed:
         more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
@@ -64,14 +69,27 @@ def agree_on_plan(study_dir: Path, name: str, points: Sequence[Point], write: bo
             "--out, or delete that folder to start again."
         )
     if write and len(ours["points"]) > len(saved["points"]):
-        _written(study_dir, ours).replace(path)
+        write_text(path, _spelt(ours))
 
 
-def _written(study_dir: Path, plan: dict[str, Any]) -> Path:
-    """A file of this process's own with the plan."""
-    own = study_dir / f"plan.{os.getpid()}.tmp"
-    own.write_text(json.dumps(plan, indent=2) + "\n")
-    return own
+def _is_other(study_dir: Path) -> bool:
+    """Whether the folder holds anything but a plan and what becomes one."""
+    return study_dir.is_dir() and any(not entry.name.startswith("plan.json") for entry in study_dir.iterdir())
+
+
+def _begin(path: Path, plan: dict[str, Any]) -> None:
+    """Written by another name and linked: of two processes that start at once, one has its plan there, both read it."""
+    own = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        own.write_text(_spelt(plan))
+        with contextlib.suppress(FileExistsError):
+            os.link(own, path)
+    finally:
+        own.unlink(missing_ok=True)
+
+
+def _spelt(plan: dict[str, Any]) -> str:
+    return json.dumps(plan, indent=2) + "\n"
 
 
 def _described(point: Point) -> dict[str, Any]:
@@ -90,16 +108,14 @@ def _changes(ours: dict[str, Any], saved: dict[str, Any]) -> list[str]:
 
 
 def _differences(ours: RunConfig, theirs: RunConfig) -> list[str]:
-    from engram_jax.training.run_folder import FREE_TO_CHANGE
-
-    return [line for line in differences(ours, theirs) if not line.startswith(FREE_TO_CHANGE)]
+    return [line for line in differences(ours, theirs) if not line.startswith(free_to_change())]
 
 
 def check_finished(folder: Path, config: RunConfig) -> None:
     """Raises `ConfigError` if a finished run is not the one that the study asks for."""
     try:
         saved = from_dict(RunConfig, json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{folder} has a result and no config that can be read ({error}): delete it.") from None
     # A run's own config also holds what its tokenizer made of it.
     size = saved.model.engram.engram_compressed_vocab_size

@@ -28,6 +28,10 @@ class Fit:
     p_misfit: float
     """Chance that points on such a curve miss it as far as these do, by their scatter over seeds (an F test)."""
 
+    @property
+    def is_followed(self) -> bool:
+        return self.p_misfit >= 1 - LEVEL / 100
+
     def at(self, x: np.ndarray) -> np.ndarray:
         return np.polyval(self.coefficients, abscissa(self.shape, x))
 
@@ -46,8 +50,9 @@ def fit(shape: Literal["valley", "log_line"], x_P: np.ndarray, loss_PS: np.ndarr
     """Least squares through the losses, seeds paired; None with fewer than two seeds or no point to spare.
 
     A seed makes its runs better or worse together (the same batches in the same order), so its mean is taken out
-    first. The residuals, widened by the degrees of freedom that means and curve took, are then drawn anew: they hold
-    the seeds' scatter and also what the curve does not follow.
+    first. The residuals are then drawn anew: they hold the seeds' scatter and also what the curve does not follow. They
+    are widened by the degrees of freedom that means and curve took, and by Student's t over the normal's: sums of many
+    draws are nearly normal, and without it intervals of 95 % hold 86 to 93 % at these sizes.
     """
     degree = 2 if shape == "valley" else 1
     P, S = loss_PS.shape
@@ -58,7 +63,8 @@ def fit(shape: Literal["valley", "log_line"], x_P: np.ndarray, loss_PS: np.ndarr
     y = centred_PS.reshape(-1)
     coefficients = np.polyfit(x, y, degree)
     fitted = np.polyval(coefficients, x)
-    residuals = (y - fitted) * np.sqrt(P * S / (P * S - S - degree))
+    freedom, tail = P * S - S - degree, 0.5 + LEVEL / 200
+    residuals = (y - fitted) * np.sqrt(P * S / freedom) * stats.t.ppf(tail, freedom) / stats.norm.ppf(tail)
     # polyfit takes many right-hand sides at once, one a column.
     draws = np.random.default_rng(0).choice(residuals, (P * S, RESAMPLES))
     resampled = np.polyfit(x, fitted[:, None] + draws, degree).T
@@ -82,7 +88,7 @@ def lowest(coefficients: np.ndarray) -> float:
 
 def moved(ours: Fit, theirs: Fit, x_label: str) -> str:
     """How far our parabola's lowest point lies from theirs; nothing if either has none, or is missed by its points."""
-    if min(ours.p_misfit, theirs.p_misfit) < 1 - LEVEL / 100:
+    if not (ours.is_followed and theirs.is_followed):
         return "not compared, since the points do not follow their parabolas."
     if not np.isfinite([lowest(ours.coefficients), lowest(theirs.coefficients)]).all():
         return "not compared, since one of the parabolas has none."
@@ -98,7 +104,7 @@ def moved(ours: Fit, theirs: Fit, x_label: str) -> str:
 def sentence(curve: Fit, x_P: np.ndarray, x_label: str) -> str:
     """The verdict on the curve, from its numbers alone."""
     said = _on_valley(curve, x_P, x_label) if curve.shape == "valley" else _on_line(curve)
-    if curve.p_misfit >= 1 - LEVEL / 100:
+    if curve.is_followed:
         return said
     return (
         f"{said} But the points do not follow the curve: they miss it by more than the spread over seeds "

@@ -25,7 +25,7 @@ from experiments.evaluate import run_config
 from experiments.studies import looked_into
 from experiments.studies.declared import FinishedRun
 from experiments.studies.frequency_picture import draw
-from experiments.studies.looked_into import DIFFERENCE, table
+from experiments.studies.looked_into import DIFFERENCE, beyond_what, table
 from experiments.studies.pair import ENGRAM, MOE
 
 TRAINING, HELD_OUT = "training text", "held-out text"
@@ -63,7 +63,11 @@ class Measured:
 
     def overall(self, by_bucket: dict[str, OverSeeds]) -> OverSeeds:
         """The mean over buckets with the held-out text's shares, so that both texts have equal frequencies."""
-        shares = np.array([self.numbers[HELD_OUT]["share"][label].mean for label in by_bucket])
+        held_out = self.numbers[HELD_OUT]["share"]
+        by_bucket = {label: by for label, by in by_bucket.items() if label in held_out}
+        if not by_bucket:
+            return OverSeeds((float("nan"),) * len(self.seeds))
+        shares = np.array([held_out[label].mean for label in by_bucket])
         shares = shares / shares.sum()
         values = shares @ np.array([by.values for by in by_bucket.values()])
         errors = [by.stderr for by in by_bucket.values()]
@@ -227,7 +231,8 @@ def verdict(measured: Measured) -> list[str]:
         best = min(by, key=lambda label: by[label].mean)
         gains = [label for label, one in by.items() if one.differs_from() and one.mean < 0]
         losses = [label for label, one in by.items() if one.differs_from() and one.mean > 0]
-        said = f"On {_called(text)} memory gains beyond the spread where the n-gram occurs {_listed(gains)} times"
+        beyond = beyond_what(measured.seeds)
+        said = f"On {_called(text)} memory gains {beyond} where the n-gram occurs {_listed(gains)} times"
         said += " elsewhere" + (f", and costs where it occurs {_listed(losses)} times" if losses else "")
         sentences.append(f"{said}; most at {best} ({by[best].text()} nats per token).")
     for other in measured.others:

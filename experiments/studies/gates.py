@@ -23,8 +23,8 @@ from engram_jax.evaluation.frequency import NgramCounts
 from engram_jax.evaluation.under_test import UnderTest
 from experiments.studies import looked_into
 from experiments.studies.declared import FinishedRun
-from experiments.studies.looked_into import table
-from experiments.studies.report import write_text
+from experiments.studies.files import write_text
+from experiments.studies.looked_into import beyond_what, table
 
 MOST_TOKENS = 30_000
 """Of held-out text: its rank correlations have a standard error of about 0.006 by tokens."""
@@ -259,7 +259,7 @@ def verdict(measured: Measured) -> list[str]:
         strongest = known[layer, stream]
         sure = [by for by in known.values() if by.differs_from()]
         up, down = sum(by.mean > 0 for by in sure), sum(by.mean < 0 for by in sure)
-        beyond = "beyond the spread" if len(measured.seeds) > 1 else "beyond the choice of documents"
+        beyond = beyond_what(measured.seeds)
         sentences.append(
             f"{up} of {len(by_branch)} gates open wider with {what}, {down} shut, {beyond}; the strongest is layer "
             f"{layer}, stream {stream}: rank correlation {strongest.text()}, {_strength(strongest.mean)}."

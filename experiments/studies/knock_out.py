@@ -229,9 +229,10 @@ def verdict(measured: Measured) -> list[str]:
     if len(by_seen) > 1:
         (rare, low), *_, (frequent, high) = by_seen.items()
         sentences.append(f"After a {rare} it costs {low.text()}, after a {frequent} {high.text()}.")
-    if measured.single_layers:
+    if measured.single_layers and cost.differs_from() and cost.mean > 0:
         alone = [next(iter(measured.losses(la, TRAINED, everything).values())).mean for la in measured.single_layers]
         relation = "hold much of the same" if sum(alone) < 0.8 * cost.mean else "add up"
+        relation = "need each other" if sum(alone) > 1.25 * cost.mean else relation
         listed = ", ".join(f"{la} {by:+.3f}" for la, by in zip(measured.single_layers, alone, strict=True))
         sentences.append(f"The layers {relation}: {listed}, together {sum(alone):+.3f} of {cost.mean:+.3f}.")
     (kept,) = measured.retained(everything).values()

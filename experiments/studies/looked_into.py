@@ -19,8 +19,9 @@ from engram_jax.training.errors import RunError
 from experiments.command_line import keep_compiled_programs
 from experiments.evaluate import run_config
 from experiments.studies.declared import FinishedRun
+from experiments.studies.files import whole, write_text
 from experiments.studies.pair import ENGRAM, MOE
-from experiments.studies.report import write_text
+from experiments.studies.results import result_of
 
 TWIN, TRAINED, OFF = "moe", "as trained", "memory off"
 """Variants of a pair: without memory, with it, and with it switched off."""
@@ -60,7 +61,7 @@ def check_same_text(runs: Sequence[FinishedRun]) -> None:
     """Raises `RunError` where runs were not trained on one text with one tokenizer, so that tokens could be paired."""
     known: dict[tuple[str, str], str] = {}
     for run in runs:
-        corpus = json.loads((run.folder / "result.json").read_text())["corpus_sha256"]
+        corpus = result_of(run.folder)["corpus_sha256"]
         known.setdefault((load_tokenizer(run.folder / "tokenizer.json").vocab_sha256, corpus), str(run.folder))
     if len(known) > 1:
         raise RunError(
@@ -95,12 +96,10 @@ def _without_nan(value: Any) -> Any:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """A PNG, atomically."""
-    temporary = path.with_suffix(".tmp")
-    with warnings.catch_warnings():
+    with whole(path) as own, warnings.catch_warnings():
         # Matplotlib's font lacks many scripts and draws boxes for them.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure.savefig(temporary, format="png")
-    temporary.replace(path)
+        figure.savefig(own, format="png")
 
 
 def seeds_said(seeds: Sequence[int]) -> str:
@@ -108,6 +107,11 @@ def seeds_said(seeds: Sequence[int]) -> str:
     if len(seeds) < 2:
         return "± standard error by documents. One seed: the spread over seeds is unknown."
     return f"± standard error by documents (standard deviation over the {len(seeds)} seeds in brackets)."
+
+
+def beyond_what(seeds: Sequence[int]) -> str:
+    """What a difference that `OverSeeds.differs_from` finds is larger than."""
+    return "beyond the spread" if len(seeds) > 1 else "beyond the choice of documents"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

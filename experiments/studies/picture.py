@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from experiments.compare_picture import STYLES
 from experiments.studies import differences, fits
 from experiments.studies.declared import Point, Study, by_series
+from experiments.studies.files import whole
 from experiments.studies.results import complete, losses_by_seed
 
 LABEL = "validation loss (nats per token)"
@@ -49,9 +50,8 @@ def draw(study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]], 
         axes.legend(frameon=False, fontsize=8)
         if study.shape == "log_line":
             axes.set_xscale("log")
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    with whole(path) as own:
+        figure.savefig(own, format="png")
 
 
 def _draw_ours(axes: Axes, study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from engram_jax.counts import num_rows
 from experiments.studies import differences, fits
 from experiments.studies.declared import ACTIVE, FLOPS, TOKENS, TOTAL, Point, Study, by_series, quantities
+from experiments.studies.files import write_text
 from experiments.studies.known import Known
 from experiments.studies.results import BITS, complete, losses_by_seed, results
 
@@ -32,13 +33,6 @@ def write_report(study: Study, points: Sequence[Point], seeds: int, study_dir: P
     draw(study, points, rows, study_dir / "study.png")
     write_text(study_dir / "report.md", text)
     return text
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomic."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def report(study: Study, points: Sequence[Point], seeds: int, rows: Sequence[dict[str, Any]]) -> str:
@@ -98,19 +92,24 @@ def _on_series(study: Study, points: Sequence[Point], rows: Sequence[dict[str, A
 
 
 def _between_lines(groups: dict[str, list[Point]], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """How far apart two series' lines lie, seed by seed."""
+    """How far apart two series' lines lie, seed by seed, and by how much x they differ where both are lines."""
     (ours, theirs), (a, b) = groups, groups.values()
     which, loss_PS = complete([*a, *b], rows)
     if not which or min(len(a), len(b)) < 2:
         return []
     x_P, x_Q = (np.array([point.x for point in group]) for group in (a, b))
-    theirs_QS = loss_PS[len(a) :]
-    middle, by_S = fits.offset(x_P, loss_PS[: len(a)], x_Q, theirs_QS)
+    if max(x_P.min(), x_Q.min()) > min(x_P.max(), x_Q.max()):
+        return [f"{ours} and {theirs} have no x in common, so their lines are not compared."]
+    ours_PS, theirs_QS = loss_PS[: len(a)], loss_PS[len(a) :]
+    middle, by_S = fits.offset(x_P, ours_PS, x_Q, theirs_QS)
     sentence = fits.difference(by_S, np.zeros(len(by_S)), f"{ours}'s line at x = {middle:,.0f}", f"{theirs}'s")
     low, high = fits.interval(by_S)
     slope = np.polyfit(np.log10(x_Q), theirs_QS.mean(axis=1), 1)[0]
     if slope < 0 and (high < 0 or low > 0):
-        sentence += f" {theirs} has the same loss at {10 ** (by_S.mean() / slope):.2f} times the x."
+        sentence += f" {theirs}'s line has the same loss at {10 ** (by_S.mean() / slope):.2f} times the x."
+    curves = {ours: fits.fit("log_line", x_P, ours_PS), theirs: fits.fit("log_line", x_Q, theirs_QS)}
+    if missed := [series for series, curve in curves.items() if curve and not curve.is_followed]:
+        sentence += f" But the points do not follow the line of {' and '.join(missed)}, so this holds for lines alone."
     return [sentence]
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from engram_jax.config import ConfigError
 from engram_jax.training.errors import RunError
 from experiments.studies.declared import Point, quantities
 from experiments.studies.execute import check_finished, is_finished, run_dir
-from experiments.studies.known import SETTINGS, Known, settings_of
+from experiments.studies.known import CORPUS, NUMBERS, SETTINGS, Known, check_numbers, settings_of
 
-LOSS, BITS = "validation_loss", "bits_per_byte"
+LOSS, BITS = NUMBERS
 
 
 def results(points: Sequence[Point], seeds: int, study_dir: Path, known: Known | None = None) -> list[dict[str, Any]]:
@@ -27,23 +28,40 @@ def results(points: Sequence[Point], seeds: int, study_dir: Path, known: Known |
                 rows += [row] if (row := (known or {}).get((point.name, seed))) else []
                 continue
             check_finished(folder, point.seeded(seed))
-            result = json.loads((folder / "result.json").read_text())
+            result = result_of(folder)
             costs = {name.replace(" ", "_"): number for name, number in quantities(point.config).items()}
             rows.append(
                 {"point": point.name, "x": point.x, "series": point.series, "seed": seed}
                 | {SETTINGS: settings_of(point.seeded(seed))}
                 | {LOSS: result["loss"], BITS: result[BITS], **costs}
-                | {"buckets": result.get("buckets", {}), "corpus_sha256": result["corpus_sha256"]}
+                | {"buckets": result.get("buckets", {}), CORPUS: result[CORPUS]}
             )
     if not rows:
         raise RunError(f"{study_dir} has no finished run yet: train them with the same command, without --report_only.")
-    corpora = {row["corpus_sha256"]: f"{row['point']}-seed{row['seed']}" for row in rows}
+    corpora = {row[CORPUS]: f"{row['point']}-seed{row['seed']}" for row in rows}
     if len(corpora) > 1:
         raise RunError(
             f"Runs of {study_dir} saw different corpora ({', '.join(corpora.values())} for instance): the text changed "
             "under the study. Restore it and delete the runs that saw the other, or start anew in another --out."
         )
     return rows
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    """What a finished run found.
+
+    Raises:
+      ConfigError: that cannot be read.
+    """
+    try:
+        result = json.loads((folder / "result.json").read_text())
+        check_numbers(result | {LOSS: result["loss"]})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ConfigError(
+            f"{folder}/result.json cannot be read ({reason}): delete it to train the run again."
+        ) from None
+    return result
 
 
 def losses_by_seed(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:

@@ -47,6 +47,13 @@ def test_tables_are_loops(rng, cluster_N, grouping):
             assert sums[c, g] == pytest.approx(sum(chosen)) and sizes[c, g] == len(chosen)
 
 
+def test_one_document_and_one_seed_show_nothing(rng):
+    (by,) = means([rng.normal(1, 1, N)], Grouping("all", ("all",), np.zeros(N, int)), np.zeros(N, int)).values()
+    assert by.mean > 0.5 and by.stderr is None and not by.differs_from()
+    (two,) = means(2 * [rng.normal(1, 1e-3, N)], Grouping("all", ("all",), np.zeros(N, int)), np.zeros(N, int)).values()
+    assert two.differs_from()
+
+
 def test_means_and_their_errors(rng, cluster_N, grouping):
     values = [rng.normal(size=N) + cluster_N * 0.1 for _ in range(3)]
     found = means(values, grouping, cluster_N)

@@ -74,6 +74,12 @@ def test_knock_outs_verdict_and_table(rng, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 20_000
 
 
+@pytest.mark.parametrize(("layers", "relation"), [((0.5, 0.6), "add up"), ((1.2, 1.3), "need each other")])
+def test_how_layers_go_together(rng, layers, relation):
+    (sentence,) = (s for s in said(knock_out.report(measured_knock_out(rng, layers=layers))) if "The layers" in s)
+    assert relation in sentence
+
+
 def test_knock_outs_verdict_where_nothing_is_found(rng):
     measured = measured_knock_out(rng, cost=0.0, twin=0.0, name_cost=0.0)
     for number, (off, on, twin) in enumerate(zip(*(measured.scores[v] for v in (OFF, TRAINED, TWIN)), strict=True)):
@@ -83,6 +89,7 @@ def test_knock_outs_verdict_where_nothing_is_found(rng):
     assert "which the spread explains." in sentences[0]
     assert "as good as its twin, within the spread" in sentences[1]
     assert "is not shown to be worse on keyword, " in sentences[3]
+    assert not any("The layers" in sentence for sentence in sentences)
 
 
 def test_the_paper_file_has_figure_6():
@@ -153,6 +160,15 @@ def test_shares_are_the_held_out_texts():
     assert overall.stderr == pytest.approx(0.01 + 0.04 + 0.03 + 0.04)
     del by["64+"]  # of what is left
     assert measured.overall(by).values[0] == pytest.approx((0.1 + 0.4 + 0.3) / 0.9)
+
+
+def test_a_bucket_that_the_held_out_text_lacks_is_left_out(tmp_path):
+    measured = measured_frequency(memorised=0.25)
+    for by_bucket in measured.numbers[frequency.HELD_OUT].values():
+        del by_bucket["64+"]
+    assert sum("it memorises more than its twin does" in sentence for sentence in said(frequency.report(measured))) == 2
+    frequency.draw(measured, tmp_path / "picture.png")
+    assert np.isnan(measured.overall({"64+": OverSeeds((1.0, 2.0, 3.0))}).mean)
 
 
 # --- gates ---

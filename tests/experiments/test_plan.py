@@ -178,6 +178,8 @@ def test_the_compilers_numbers_are_shown_as_such(capsys, said, monkeypatch, kind
         (["--budget", "2e14", "--topology", "v5p-512"], "512 devices: at 2e+14 FLOPs a step has about 54 sequences"),
         (["--budget", "2e20", "--topology", "v5p-64", "--kinds", "moo"], "--kinds moo: there are dense, moe, engram"),
         (["--budget", "2e20", "--topology", "v5p-64", "--rho", "2"], "rho=2.0 must lie"),
+        (["--budget", "2e20", "--topology", "v5p-64", "--kinds"], "--kinds : there are dense"),
+        (["--budget", "2e20", "--topology", "v5p-64", "--tokens_per_parameter", "inf"], "positive and finite"),
         (["--bugdet", "2e20"], "the nearest is '--budget'"),
     ],
 )

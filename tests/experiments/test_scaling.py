@@ -113,6 +113,8 @@ def test_every_device_gets_as_many_sequences(devices):
 
 def test_any_budget_has_a_name(capsys):
     assert build("engram_5e17").name == "engram_5e17"
+    with pytest.raises(ConfigError, match="engram_1e999"):
+        build("engram_1e999")
     active, total, tokens = count(build("moe_1.5e19"))
     assert 6 * active * tokens == pytest.approx(1.5e19, rel=0.01) and total / active == pytest.approx(10, rel=0.01)
     assert main(["engram_5e17", "--print"]) == 0

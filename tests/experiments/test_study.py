@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from finished_runs import finish
+from scipy import stats
 
 from engram_jax.config import ConfigError, replace
 from engram_jax.counts import flops_per_token, parameters, sparse_parameters
@@ -50,6 +51,12 @@ def test_allocation_spans_rho(points):
     assert [point.x for point in points] == pytest.approx(rho, abs=0.01)
     assert rho == sorted(rho) and rho[0] < 45 and rho[-1] == 100 and len(rho) >= 6
     assert points[-1].config.model.moe == moe_tiny().model.moe
+
+
+def test_allocation_takes_every_share_that_can_be_had():
+    """Of 16 experts, 81 % is nearest to both 80 and 90 %, and meets only one of them."""
+    base = replace(ALLOCATION.scales["tiny"](), model__moe__n_routed_experts=16)
+    assert 81 in {round(point.x) for point in ALLOCATION.points(base) if point.series == "C"}
 
 
 def test_memory_scaling_spans_slots():
@@ -98,6 +105,8 @@ def test_seeds_change_weights_and_order_alike(points):
         (["allocation", "--model.moe.n_routed_experts", "3"], "model.moe.n_routed_experts=3 .*allows only"),
         (["allocation", "--model.num_hidden_layers", "2"], "model.num_hidden_layers=2"),
         (["allocation", "--report_only", "--out", "nowhere"], "nowhere/allocation/tiny has no plan.json"),
+        (["pair", "--model.moe.moe_intermediate_size", "3"], "model.moe.moe_intermediate_size=3: .* below 4"),
+        (["pair", "--out", "/dev/null"], "/dev/null/pair/tiny cannot be written .* another --out"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_runs(capsys, tmp_path, monkeypatch, arguments, message):
@@ -171,6 +180,15 @@ def test_a_lines_slope_and_interval():
         held += low < -0.05 < high
     assert 86 <= held <= 100
     assert re.search(r"falls along the fitted line by -0\.0[456]", fits.sentence(curve, x, "slots"))
+    # Against the interval of ordinary least squares, which is Student's: few points are as well served as many.
+    for P, S in ((4, 2), (4, 3), (7, 3)):
+        loss_PS = rng.normal(4, 0.01, (P, S))
+        curve = fits.fit("log_line", x[:P], loss_PS)
+        low, high = curve.interval(lambda c: c[0])
+        centred, from_mean = loss_PS - loss_PS.mean(axis=0), np.log10(x[:P]) - np.log10(x[:P]).mean()
+        slope, freedom = (from_mean @ centred).sum() / (S * from_mean @ from_mean), P * S - S - 1
+        error = np.sqrt(np.square(centred - slope * from_mean[:, None]).sum() / freedom / (S * from_mean @ from_mean))
+        assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, freedom) * error, rel=0.12)
     flat = fits.fit("log_line", x, rng.normal(4, 0.01, (7, 3)))
     assert fits.sentence(flat, x, "slots").startswith("Nothing found")
 

@@ -257,7 +257,13 @@ def test_two_lines_are_compared_where_both_have_slots(tmp_path):
         r"Engram's line at x = ([\d,]+) against OverEncoding's: (-0\.\d+).*more than.* at ([\d.]+) times", text
     )
     assert found and float(found.group(2)) == pytest.approx(-0.05 * np.log10(2), abs=1e-3)
-    assert float(found.group(3)) == pytest.approx(2, rel=0.05)
+    assert float(found.group(3)) == pytest.approx(2, rel=0.05) and "do not follow" not in text
+    few = [point for point in points if (point.x > 100_000) is (point.series == "OverEncoding")]
+    assert "have no x in common" in write_report(study, few, 3, tmp_path)
+    for point in points:  # and where OverEncoding follows no line, what is read off it is not said alone
+        for seed in range(3 if point.series == "OverEncoding" else 0):
+            write(point, seed, tmp_path, 4.9 - 0.02 * np.log10(point.x / 1e4) ** 3 + rng.normal(0, 1e-4))
+    assert "do not follow the line of OverEncoding, so" in write_report(study, points, 3, tmp_path)
 
 
 def test_the_offset_of_two_lines_is_read_where_both_are():

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from experiments import study as command
 from experiments.studies import STUDIES
 from experiments.studies.declared import Point
 from experiments.studies.execute import agree_on_plan, execute, run_dir
+from experiments.studies.files import write_text
 from experiments.studies.known import known_runs
+from experiments.studies.results import results
 
 # --- shared and resumed ---
 
@@ -82,10 +85,29 @@ def test_a_folder_of_another_plan_is_refused(tmp_path, points):
     assert json.loads((folder / "plan.json").read_text())["points"][-1]["name"] == "new"
     with pytest.raises(ConfigError, match=r"points: .* here, .*, new there"):
         agree_on_plan(folder, "allocation", points)
+    (folder / "plan.json").unlink()
+    (folder / "plan.json.abc.tmp").touch()  # of a process that was killed while it wrote
+    agree_on_plan(folder, "allocation", points)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(ConfigError, match=r"holds files and no plan.json"):
         agree_on_plan(tmp_path / "other", "allocation", points)
+
+
+def test_processes_may_begin_and_report_at_once(tmp_path, points):
+    finish(points[0].seeded(0), run_dir(tmp_path / "done", points[0], 0))
+
+    def begin(number):
+        agree_on_plan(tmp_path / f"study{number % 20}", "allocation", points[:2])
+
+    def report(_):
+        write_text(tmp_path / "report.md", "a" * 10_000)
+        return (tmp_path / "report.md").read_text() == "a" * 10_000
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(begin, range(160)))
+        assert all(threads.map(report, range(200)))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_finished_run_with_other_settings_is_refused(tmp_path, points):
@@ -125,19 +147,60 @@ def test_what_is_known_is_not_trained_again(tmp_path, points, monkeypatch, capsy
     assert command.main(["ablations", "--points", "reference", "moe", "no_gate", "--seeds", "2", *theirs, *files]) == 0
     assert trained == ["no_gate-seed0", "no_gate-seed1"]
     capsys.readouterr()
-    assert command.main(["layers", "--train.steps", "90", "--print", "--seeds", "2", *theirs, *files]) == 0
-    assert "12 runs, 0 of them finished" in (said := capsys.readouterr().out) and "known from" not in said
+    for other in ("--train.steps", "--train.eval_batches_final"):  # how much text a loss is measured on is no detail
+        assert command.main(["layers", other, "90", "--print", "--seeds", "2", *theirs, *files]) == MISTAKEN
+        assert "none of the 12 runs there is one of this study's" in capsys.readouterr().err
+    assert command.main(["layers", "--train.eval_every", "90", "--print", *theirs, *files]) == 0
+    assert "12 are known" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "no json", '{"seed": 0}', "[1]", None])
+def test_a_report_takes_in_all_that_is_there(tmp_path, points, monkeypatch, capsys):
+    monkeypatch.setattr(command, "train", finish)
+    monkeypatch.setattr(command, "check_corpus", lambda *_: None)
+    ours, theirs = ["--out", str(tmp_path / "ours")], ["--out", str(tmp_path / "theirs")]
+    file = tmp_path / "ours" / "pair" / "tiny" / "results.jsonl"
+
+    def lines():
+        return len(file.read_text().splitlines())
+
+    assert command.main(["pair", *ours]) == 0 and lines() == 6
+    assert command.main(["pair", "--seeds", "5", *ours]) == 0 and lines() == 10
+    assert command.main(["pair", "--report_only", *ours]) == 0 and lines() == 10
+    assert command.main(["pair", "--report_only", *theirs, "--results", str(file)]) == 0
+    assert (tmp_path / "theirs" / "pair" / "tiny" / "results.jsonl").read_text() == file.read_text()
+    capsys.readouterr()
+    assert command.main(["pair", "--report_only", "--seeds", "1", *ours, "--results", str(file)]) == MISTAKEN
+    assert "writes its own numbers there" in capsys.readouterr().err and lines() == 10
+
+
+NUMBERS = '"settings": "a", "seed": 0, "bits_per_byte": 1.5, "corpus_sha256": "c"'
+DAMAGED = ["no json", '{"seed": 0}', "[1]", None, f"{{{NUMBERS}}}", f'{{{NUMBERS}, "validation_loss": NaN}}']
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 def test_files_without_raw_numbers_are_refused(tmp_path, text, capsys):
     file = tmp_path / "rows.jsonl"
     if text is not None:
         file.write_text(text)
-    status = command.main(["pair", "--print", "--out", str(tmp_path), "--results", str(file)])
-    assert (status == 0) is (text == "")
-    assert text == "" or f"--results {file}: not the raw numbers" in capsys.readouterr().err
+    assert command.main(["pair", "--print", "--out", str(tmp_path), "--results", str(file)]) == MISTAKEN
+    assert f"--results {file}: not the raw numbers" in capsys.readouterr().err
     assert command.main(["depth", "--print", "--results", str(file)]) == MISTAKEN
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"loss": 4.0}', '{"loss": null, "bits_per_byte": 1}'])
+def test_a_damaged_result_names_its_file(tmp_path, points, text):
+    finish(points[0].seeded(0), folder := run_dir(tmp_path, points[0], 0))
+    (folder / "result.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"seed0/result.json cannot be read .* delete it to train the run again"):
+        results(points[:1], 1, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"model": 3}', "{"])
+def test_a_damaged_config_names_its_run(tmp_path, points, text):
+    finish(points[0].seeded(0), folder := run_dir(tmp_path, points[0], 0))
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match="has a result and no config that can be read"):
+        results(points[:1], 1, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pair", "allocation", "layers", "memory_scaling", "ablations"])
@@ -167,6 +230,14 @@ def test_how_often_a_short_corpus_is_seen_is_said_before_anything_runs(tmp_path,
     monkeypatch.setattr(command, "train", lambda *_: TERMINATED)
     assert command.main(["pair", "--out", str(tmp_path / "out"), *short_corpus]) == TERMINATED
     assert re.search(r"\nwarning: 1,024,000 tokens.*so the run sees .*/texts \d\d", capsys.readouterr().out)
+
+
+def test_a_mistyped_corpus_leaves_no_plan(tmp_path, monkeypatch, capsys, short_corpus):
+    out = ["--out", str(tmp_path / "out")]
+    assert command.main(["pair", *out, "--data.corpus", str(tmp_path / "text")]) == MISTAKEN
+    assert "no such file, folder or glob" in capsys.readouterr().err
+    monkeypatch.setattr(command, "train", lambda *_: TERMINATED)
+    assert command.main(["pair", *out, *short_corpus]) == TERMINATED
 
 
 def test_another_corpus_than_that_of_finished_runs_is_refused_before_anything_runs(
