@@ -109,7 +109,7 @@ def _between_lines(groups: dict[str, list[Point]], rows: Sequence[dict[str, Any]
         sentence += f" {theirs}'s line has the same loss at {10 ** (by_S.mean() / slope):.2f} times the x."
     curves = {ours: fits.fit("log_line", x_P, ours_PS), theirs: fits.fit("log_line", x_Q, theirs_QS)}
     if missed := [series for series, curve in curves.items() if curve and not curve.is_followed]:
-        sentence += f" But the points do not follow the line of {' and '.join(missed)}, so this holds for lines alone."
+        sentence += f" But the points of {' and '.join(missed)} do not follow a line: so lie the lines, not the losses."
     return [sentence]
 
 

@@ -263,7 +263,7 @@ def test_two_lines_are_compared_where_both_have_slots(tmp_path):
     for point in points:  # and where OverEncoding follows no line, what is read off it is not said alone
         for seed in range(3 if point.series == "OverEncoding" else 0):
             write(point, seed, tmp_path, 4.9 - 0.02 * np.log10(point.x / 1e4) ** 3 + rng.normal(0, 1e-4))
-    assert "do not follow the line of OverEncoding, so" in write_report(study, points, 3, tmp_path)
+    assert "points of OverEncoding do not follow a line" in write_report(study, points, 3, tmp_path)
 
 
 def test_the_offset_of_two_lines_is_read_where_both_are():
