@@ -205,7 +205,7 @@ class Model(nnx.Module):
         return cross_entropy.output_logits(hidden_BTD, self.output_head)
 
     def token_losses(self, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        """Cross-entropy in nats at each position, 0 where the target is `NO_LOSS`: [B, T].
+        """Cross-entropy in nats at each position, 0 where the target is negative (`NO_LOSS`): [B, T].
 
         With `loss_chunk_len`, logits exist for that many positions at a time and are recomputed in the backward pass.
         """

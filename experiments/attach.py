@@ -7,15 +7,17 @@ experiments.run: --model.engram.engram_layer_ids 1 4 --train.steps 2000 --run_di
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engram_jax.config import EngramConfig, ModelConfig, RunConfig, from_dict, replace, require
+from engram_jax.config import EngramConfig, ModelConfig, RunConfig, replace, require
 from engram_jax.training.errors import FINISHED
 from experiments import run
-from experiments.command_line import exit_status
+from experiments.command_line import training_status
 
 MEMORY_SHARE = 0.25
 """Size of the tables relative to the backbone: the paper's, 5.8 of 20.9 B parameters in Engram-27B."""
@@ -55,7 +57,7 @@ def default_memory(model: ModelConfig) -> EngramConfig:
 
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status (training/errors.py). Errors are one line each."""
-    return exit_status(lambda: attach(list(arguments)))
+    return training_status(lambda: attach(list(arguments)))
 
 
 def attach(arguments: list[str]) -> int:
@@ -68,9 +70,14 @@ def attach(arguments: list[str]) -> int:
     )
     (folder, name), overrides = arguments[:2], arguments[2:]
     run_dir = Path(folder)
-    saved = run_dir / "config.json"
-    require(saved.is_file(), f"{run_dir} is not a run: it has no config.json. Train one with experiments.run.")
-    config = attached(from_dict(RunConfig, json.loads(saved.read_text())), run_dir, name)
+    require(
+        os.path.isfile(run_dir / "config.json"),
+        f"{run_dir} is not a run: it has no config.json. Train one with experiments.run.",
+    )
+    from engram_jax.training.run_folder import read_config
+
+    overrides, where = run.take_slice(overrides)
+    config = where(attached(read_config(run_dir), run_dir, name))
     command = f"python -m experiments.attach {folder} {name}"
     options = run.parse(config, overrides, command, (__doc__ or "").strip())
     if options.print:
@@ -81,8 +88,8 @@ def attach(arguments: list[str]) -> int:
         return FINISHED
     new_dir = options.run_dir or Path("runs") / name
     require(new_dir.resolve() != run_dir.resolve(), f"--run_dir {new_dir} is the backbone's own: give another.")
-    if (run_dir / "result.json").is_file():
-        loss = json.loads((run_dir / "result.json").read_text())["loss"]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a run that has not ended, or was damaged
+        loss = float(json.loads((run_dir / "result.json").read_text())["loss"])
         print(f"{run_dir} ended with a validation loss of {loss:.4f}: what step 0 must show, on the same data.")
     return run.train(options, new_dir)
 

@@ -7,13 +7,14 @@ import dataclasses
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
 from engram_jax.config import ConfigError, RunConfig
-from engram_jax.training.errors import FAILED, MISTAKEN, RunError
+from engram_jax.training.errors import FAILED, GOES_ON, INTERRUPTED, MISTAKEN, PEERS_LOST, PeersError, RunError
 from experiments.registry import nearest
 
 T = TypeVar("T")
@@ -33,6 +34,49 @@ def exit_status(command: Callable[[], int]) -> int:
         return MISTAKEN if isinstance(error, ConfigError) else FAILED
     except BrokenPipeError:
         return nobody_reads()
+
+
+def training_status(command: Callable[[], int]) -> int:
+    """`exit_status` of what trains, alone or among other processes, where the end of one becomes the end of all.
+
+    A program's own error is printed whole and counts as something that may pass: whoever started it tries again.
+    """
+    try:
+        status = command()
+        sys.stdout.flush()
+        return status
+    except (ConfigError, RunError) as error:
+        status, together = MISTAKEN if isinstance(error, ConfigError) else FAILED, True
+        print(f"error: {error}", file=sys.stderr)
+    except PeersError as error:
+        status, together = PEERS_LOST, False
+        print(f"error: {error}", file=sys.stderr)
+    except BaseException as error:
+        alone = "jax" not in sys.modules or not _among_others()
+        if alone and isinstance(error, BrokenPipeError):
+            return nobody_reads()
+        if alone and not isinstance(error, Exception):
+            raise
+        status, together = INTERRUPTED if isinstance(error, KeyboardInterrupt) else PEERS_LOST, False
+        traceback.print_exc()
+        if alone:
+            return status
+        print(
+            "error: this process ends, and with it the others, within a minute. If the lines above speak of a "
+            "connection or a peer, another process died first. " + GOES_ON,
+            file=sys.stderr,
+        )
+    if "jax" in sys.modules and _among_others():
+        from engram_jax.training.distributed import leave
+
+        leave(status, together)
+    return status
+
+
+def _among_others() -> bool:
+    import jax
+
+    return jax.distributed.is_initialized()
 
 
 def nobody_reads() -> int:

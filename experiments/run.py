@@ -23,25 +23,15 @@ import inspect
 import json
 import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from engram_jax.config import ConfigError, RunConfig, require, to_dict
-from engram_jax.training.errors import (
-    FAILED,
-    FINISHED,
-    GOES_ON,
-    INTERRUPTED,
-    MISTAKEN,
-    PEERS_LOST,
-    PeersError,
-    RunError,
-)
-from experiments.command_line import field_paths, keep_compiled_programs, nobody_reads, parsed
+from engram_jax.config import RunConfig, require, to_dict
+from engram_jax.training.errors import FINISHED
+from experiments.command_line import field_paths, keep_compiled_programs, parsed, training_status
 from experiments.registry import RUNS, build, find
 
 
@@ -67,39 +57,7 @@ def main(arguments: Sequence[str]) -> int:
 
     Errors are one line each.
     """
-    try:
-        status = run(list(arguments))
-        sys.stdout.flush()
-        return status
-    except (ConfigError, RunError) as error:
-        status, together = MISTAKEN if isinstance(error, ConfigError) else FAILED, True
-        print(f"error: {error}", file=sys.stderr)
-    except PeersError as error:
-        status, together = PEERS_LOST, False
-        print(f"error: {error}", file=sys.stderr)
-    except BaseException as error:
-        if "jax" not in sys.modules or not _among_others():
-            if isinstance(error, BrokenPipeError):
-                return nobody_reads()
-            raise
-        status, together = INTERRUPTED if isinstance(error, KeyboardInterrupt) else PEERS_LOST, False
-        traceback.print_exc()
-        print(
-            "error: this process ends, and with it the others, within a minute. If the lines above speak of a "
-            "connection or a peer, another process died first. " + GOES_ON,
-            file=sys.stderr,
-        )
-    if "jax" in sys.modules and _among_others():
-        from engram_jax.training.distributed import leave
-
-        leave(status, together)
-    return status
-
-
-def _among_others() -> bool:
-    import jax
-
-    return jax.distributed.is_initialized()
+    return training_status(lambda: run(list(arguments)))
 
 
 def run(arguments: list[str]) -> int:
@@ -114,7 +72,7 @@ def run(arguments: list[str]) -> int:
         return FINISHED
     require(bool(names), f"the run's name comes first: NAME {' '.join(overrides)}")
     # All are parsed before the first is trained: a mistake in the last name should not surface hours later.
-    overrides, where = _take_slice(overrides)
+    overrides, where = take_slice(overrides)
     parsed = {name: parse(where(build(name)), overrides) for name in names}
     trained: list[Path] = []
     for name, options in parsed.items():
@@ -136,7 +94,7 @@ def run(arguments: list[str]) -> int:
     return FINISHED
 
 
-def _take_slice(overrides: list[str]) -> tuple[list[str], Callable[[RunConfig], RunConfig]]:
+def take_slice(overrides: list[str]) -> tuple[list[str], Callable[[RunConfig], RunConfig]]:
     """The other overrides, and what `--slice` makes of a run before they apply."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--slice")

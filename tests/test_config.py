@@ -58,6 +58,7 @@ STRETCHED = YarnConfig(factor=2.0, original_max_position_embeddings=100)
         (lambda: YarnConfig(original_max_position_embeddings=0), "yarn.original_max_position_embeddings", "0"),
         (lambda: replace(RunConfig(), model__attention__yarn=STRETCHED), "data.seq_len=256", "yarn.factor=2"),
         (lambda: AttentionConfig("gqa", 4, num_key_value_heads=3), "num_attention_heads", "num_key_value_heads=3"),
+        (lambda: AttentionConfig("gqa", 4, num_key_value_heads=0), "num_attention_heads", "num_key_value_heads=0"),
         (lambda: MoEConfig(n_routed_experts=4, num_experts_per_tok=5), "num_experts_per_tok", "n_routed_experts=4"),
         (lambda: MoEConfig(scoring_func="relu"), "scoring_func", "'softmax'"),  # type: ignore[arg-type]
         (lambda: ModelConfig(hidden_size=0), "hidden_size", "0"),
@@ -68,6 +69,8 @@ STRETCHED = YarnConfig(factor=2.0, original_max_position_embeddings=100)
         (lambda: DataConfig(seq_len=1), "seq_len", "1"),
         (lambda: DataConfig(batch_size=0), "batch_size", "0"),
         (lambda: DataConfig(holdout_fraction=1.0), "holdout_fraction", "1.0"),
+        (lambda: DataConfig(max_documents=-1), "max_documents", "-1"),
+        (lambda: DataConfig(worker_count=-1), "worker_count", "-1"),
         (lambda: OptimizerConfig(learning_rate=0), "learning_rate", "0"),
         (lambda: OptimizerConfig(decay_at=(0.5,)), "decay_at", "decay_to"),
         (lambda: OptimizerConfig(decay_at=(0.9, 0.8)), "decay_at", "(0.9, 0.8)"),

@@ -197,7 +197,8 @@ class AttentionConfig:
         require(self.qk_rope_head_dim % 2 == 0, f"qk_rope_head_dim={self.qk_rope_head_dim} must be even.")
         require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1.")
         require(
-            self.kind == "mla" or self.num_attention_heads % self.num_key_value_heads == 0,
+            self.kind == "mla"
+            or (self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads == 0),
             f"num_attention_heads={self.num_attention_heads} must be a multiple of "
             f"num_key_value_heads={self.num_key_value_heads}.",
         )

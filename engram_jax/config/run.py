@@ -34,6 +34,8 @@ class DataConfig:
     def __post_init__(self):
         require(self.seq_len > 1, f"seq_len={self.seq_len} must be at least 2.")
         require(self.batch_size > 0, f"batch_size={self.batch_size} must be positive.")
+        require(self.max_documents >= 0, f"max_documents={self.max_documents} must not be negative; 0 reads all.")
+        require(self.worker_count >= 0, f"worker_count={self.worker_count} must not be negative; 0 takes threads.")
         require(0 < self.holdout_fraction < 1, f"holdout_fraction={self.holdout_fraction} must lie between 0 and 1.")
 
 

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,9 +94,10 @@ def open_corpus(config: DataConfig) -> Corpus:
         return _tfds_corpus(config, rest)
     if kind == "arrayrecord":
         return _array_record_corpus(config, rest)
-    if not Path(config.corpus).exists():
+    if not os.path.exists(config.corpus) and not set("*?[/") & set(config.corpus):
         near = difflib.get_close_matches(config.corpus, ["python", "python+packages"], n=1)
-        require(not near, f"data.corpus={config.corpus!r} is neither a path nor a corpus; did you mean {near}?")
+        hint = f"did you mean {near[0]!r}?" if near else ""
+        require(not near, f"data.corpus={config.corpus!r} is neither a path nor a corpus; {hint}")
     files = find_text_files(config.corpus)
     return _corpus(config, files, lambda: (text for file in files for text in read_text_file(file, config.text_key)))
 

@@ -93,8 +93,13 @@ class Tokenizer:
         return lengths
 
     def save(self, path: str | Path) -> None:
-        """Writes a `tokenizer.json` that `load_tokenizer` reads."""
-        Path(path).write_text(self.backend.to_str(), encoding="utf-8")
+        """Writes a `tokenizer.json` that `load_tokenizer` reads: whole, and only where there is another or none."""
+        path, content = Path(path), self.backend.to_str()
+        if path.is_file() and path.read_bytes() == content.encode():
+            return
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -172,7 +177,16 @@ def tokenizer_for(config: DataConfig, vocab_size: int, corpus: Corpus, log: Call
         train_tokenizer(corpus.training_documents(config.holdout_fraction), vocab_size).save(path)
 
     path = cache_root(config) / "tokenizers" / f"{key}.json"
-    return load_tokenizer(build_once(path, Path.is_file, build, log))
+    return load_tokenizer(build_once(path, _is_tokenizer, build, log))
+
+
+def _is_tokenizer(path: Path) -> bool:
+    """Whether a cached one can be used: a machine that lost power may have left an empty file."""
+    try:
+        load_tokenizer(path)
+    except ConfigError:
+        return False
+    return True
 
 
 def _first_id(ids: dict[str, int], names: Sequence[str]) -> int:

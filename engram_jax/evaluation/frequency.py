@@ -53,7 +53,8 @@ def _ngram_keys(tokens: np.ndarray, order: int) -> np.ndarray:
     multiplier, keys = np.uint64(0x9E3779B97F4A7C15), np.zeros(tokens.shape, np.uint64)
     for steps in range(order - 1, -1, -1):
         older = np.zeros_like(keys)
-        older[..., steps:] = tokens[..., : tokens.shape[-1] - steps] + 1
+        # Wider before the sum: a stream of 2^16 tokens is stored as uint16.
+        older[..., steps:] = tokens[..., : max(tokens.shape[-1] - steps, 0)].astype(np.uint64) + np.uint64(1)
         keys = (keys + older) * multiplier
         keys ^= keys >> np.uint64(29)
     return keys

@@ -140,7 +140,9 @@ def _buckets(words: Sequence[str], found: Sequence[Column]) -> list[tuple[str, l
             for name in dict.fromkeys(name for buckets in of_task for name in buckets):
                 share = next(buckets[name]["share"] for buckets in of_task if name in buckets)
                 losses = [
-                    cell(Metric(buckets[name]["loss"], buckets[name]["stderr"])) if name in buckets else "-"
+                    cell(metric_of({"value": buckets[name]["loss"], "stderr": buckets[name]["stderr"]}))
+                    if name in buckets
+                    else "-"
                     for buckets in of_task
                 ]
                 rows.append([f"{name} ({share:.1%} of tokens)", *losses])

@@ -84,7 +84,8 @@ def reset(cache: Cache, ends_B: jax.Array) -> Cache:
 
 
 def rollback(cache: Cache, count_B: jax.Array) -> Cache:
-    """The cache without each sequence's newest `count_B` tokens: at most `spare` and at most what it has."""
+    """The cache without each sequence's newest `count_B` tokens: at most what it has, and not to more than `spare`
+    before the furthest that it ever reached, since what moves out of the memory's windows does not come back."""
 
     def earlier(kept: jax.Array, nothing: float) -> jax.Array:
         width = kept.shape[1]

@@ -48,6 +48,8 @@ class _Place:
     """Index of the prompt that is being continued here."""
     made: int = 0
     """Tokens drawn for it."""
+    floor: int = 0
+    """Length before which nothing can be restored: `spare` less than the most that was ever held since a reset."""
 
 
 class _Step(NamedTuple):
@@ -76,13 +78,14 @@ class Engine:
           batch_size: sequences that are computed together.
           max_len: tokens of a prompt with its continuation.
           chunk: tokens of a prompt that are read in one step.
-          spare: tokens by which the end of a held sequence may be taken back to start another.
+          spare: tokens by which the end of a held sequence may be taken back to start another, all times together.
 
         Raises:
           ConfigError: the batch or the mesh does not fit.
         """
         for name, value in (("batch_size", batch_size), ("max_len", max_len), ("chunk", chunk)):
             require(value > 0, f"{name}={value} must be positive.")
+        require(spare >= 0, f"spare={spare} must not be negative.")
         shards = int(np.prod([parts.mesh.shape[axis] for axis in BATCH]))
         require(
             batch_size % shards == 0,
@@ -175,25 +178,16 @@ class Engine:
         while waiting and free:
             index = waiting.popleft()
             prompt = list(prompts[index])
-            reusable = {b: self._reusable(self._places[b].held, prompt) for b in free}
+            reusable = {b: _reusable(self._places[b], prompt) for b in free}
             b = max(free, key=lambda b: (reusable[b], -len(self._places[b].held)))
             free.remove(b)
             kept = reusable[b]
             back_B[b], anew_B[b] = len(self._places[b].held) - kept, kept == 0
-            self._places[b] = _Place(prompt[:kept], prompt[kept:], index)
+            self._places[b] = _Place(prompt[:kept], prompt[kept:], index, floor=self._places[b].floor if kept else 0)
         if anew_B.any():
             self._cache = self._run(_reset, self._cache, anew_B)
         if (back_B := np.where(anew_B, 0, back_B)).any():
             self._cache = self._run(_rollback, self._cache, back_B)
-
-    def _reusable(self, held: list[int], prompt: list[int]) -> int:
-        """Tokens of a prompt that need not be read where `held` is; its last one must be, for its logits."""
-        common = 0
-        for a, b in zip(held, prompt[:-1], strict=False):
-            if a != b:
-                break
-            common += 1
-        return common if len(held) - common <= self.spare else 0
 
     def _start(self, sampling: Sampling) -> _Step:
         """Starts one step of all places."""
@@ -209,6 +203,7 @@ class Engine:
             tokens_BT[b, : len(new)], feeds_drawn_B[b] = new, not new
             count_B[b], index_B[b] = max(len(new), 1), place.request
             place.held += new or [UNKNOWN]
+            place.floor = max(place.floor, len(place.held) - self.spare)
             if not place.unread:
                 drawn.append((b, place, place.request))
                 place.made += 1
@@ -226,6 +221,16 @@ class Engine:
         # Around each step, not around the loop: a suspended generator must not leave its mesh with the caller.
         with jax.set_mesh(self.parts.mesh):
             return program(*arguments)
+
+
+def _reusable(place: _Place, prompt: list[int]) -> int:
+    """Tokens of a prompt that need not be read in this place; its last one must be, for its logits."""
+    common = 0
+    for a, b in zip(place.held, prompt[:-1], strict=False):
+        if a != b:
+            break
+        common += 1
+    return common if common >= place.floor else 0
 
 
 def check_decodes(parts: Parts) -> None:

@@ -32,7 +32,7 @@ def output_logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def token_losses(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """Nats at each position [B, T], float32 or wider; 0 where the target is `NO_LOSS`.
+    """Nats at each position [B, T], float32 or wider; 0 where the target is negative: `NO_LOSS`, or others' -100.
 
     Autodiff keeps a mask of the logits' size and transposes the logits' gradient in memory: 2.3 times the time of this
     on CPU, for 4,096 tokens and as many entries of vocabulary.
@@ -44,13 +44,13 @@ def _forward(hidden_BTD, head_DV, targets_BT):
     logits_BTV = output_logits(hidden_BTD, head_DV)
     log_sum_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.sum(jnp.where(_is_target(logits_BTV, targets_BT), logits_BTV, 0), axis=-1)
-    losses_BT = jnp.where(targets_BT == NO_LOSS, 0, log_sum_BT - target_BT)
+    losses_BT = jnp.where(targets_BT < 0, 0, log_sum_BT - target_BT)
     return losses_BT, (hidden_BTD, head_DV, targets_BT, logits_BTV, log_sum_BT)
 
 
 def _backward(residuals, d_losses_BT):
     hidden_BTD, head_DV, targets_BT, logits_BTV, log_sum_BT = residuals
-    weight_BT1 = jnp.where(targets_BT == NO_LOSS, 0, d_losses_BT)[..., None]
+    weight_BT1 = jnp.where(targets_BT < 0, 0, d_losses_BT)[..., None]
     probability_BTV = jnp.exp(logits_BTV - log_sum_BT[..., None])
     d_logits_BTV = weight_BT1 * (probability_BTV - _is_target(logits_BTV, targets_BT))
     d_logits_BTV = d_logits_BTV.astype(hidden_BTD.dtype)
@@ -97,7 +97,7 @@ def _chunked_forward(hidden_BTD, head_DV, targets_BT, chunk_len):
             sum_bP = _over_vocab(jax.lax.psum, jnp.sum(jnp.exp(logits_bPv - largest_bP[..., None]), axis=-1))
             own_bP = jnp.sum(jnp.where(_is_local_target(logits_bPv, targets_bP), logits_bPv, 0), axis=-1)
             log_sum_bP = largest_bP + jnp.log(sum_bP)
-            losses_bP = jnp.where(targets_bP == NO_LOSS, 0, log_sum_bP - _over_vocab(jax.lax.psum, own_bP))
+            losses_bP = jnp.where(targets_bP < 0, 0, log_sum_bP - _over_vocab(jax.lax.psum, own_bP))
             return None, (losses_bP, log_sum_bP)
 
         chunks = _to_chunks(hidden_btd, chunk_len), _to_chunks(targets_bt, chunk_len, NO_LOSS)
@@ -116,7 +116,7 @@ def _chunked_backward(chunk_len, residuals, d_losses_BT):
 
     def local(hidden_btd, head_dv, targets_bt, log_sum_bt, d_losses_bt):
         head_Dv, length = _whole(head_dv.astype(hidden_btd.dtype)), targets_bt.shape[1]
-        weight_bt = jnp.where(targets_bt == NO_LOSS, 0, d_losses_bt)
+        weight_bt = jnp.where(targets_bt < 0, 0, d_losses_bt)
 
         def one_chunk(d_head_Dv, chunk):
             hidden_bPd, targets_bP, log_sum_bP, weight_bP = chunk

@@ -8,6 +8,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from engram_jax.config import require
+
 
 def _gated_short_conv(
     gate_BTM: jax.Array,
@@ -132,6 +134,7 @@ def shift(x_BT: jax.Array, distance: int, cut: bool = False) -> jax.Array:
     if not cut or distance == 0:
         length = x_BT.shape[1]
         return jnp.pad(x_BT[:, : max(length - distance, 0)], _along_seq(x_BT, min(distance, length), 0))
+    _require_reach(x_BT, distance)
     to_right = [(i, i + 1) for i in range(jax.lax.axis_size("context") - 1)]
     left = jax.lax.ppermute(x_BT[:, -distance:], "context", to_right)  # zeros where nobody sends
     return jnp.concatenate([left, x_BT[:, :-distance]], axis=1)
@@ -142,9 +145,19 @@ def unshift(x_BT: jax.Array, distance: int, cut: bool = False) -> jax.Array:
     if not cut or distance == 0:
         length = x_BT.shape[1]
         return jnp.pad(x_BT[:, distance:], _along_seq(x_BT, 0, min(distance, length)))
+    _require_reach(x_BT, distance)
     to_left = [(i + 1, i) for i in range(jax.lax.axis_size("context") - 1)]
     right = jax.lax.ppermute(x_BT[:, :distance], "context", to_left)
     return jnp.concatenate([x_BT[:, distance:], right], axis=1)
+
+
+def _require_reach(x_BT: jax.Array, distance: int) -> None:
+    """Only one neighbour is asked."""
+    require(
+        distance <= x_BT.shape[1],
+        f"mesh_context cuts sequences into pieces of {x_BT.shape[1]} positions, and the convolution looks {distance} "
+        "back: use fewer devices on that axis, or longer sequences.",
+    )
 
 
 def _along_seq(x_BT: jax.Array, before: int, after: int) -> list[tuple[int, int]]:

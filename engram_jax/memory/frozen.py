@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from engram_jax.config import require
 from engram_jax.memory.chunks import CHUNK_ROWS, chunk_reader, chunk_writer
 from engram_jax.memory.placements import Placement
 from engram_jax.memory.quantized import CODE, FrozenFP8, quantize
@@ -25,8 +26,14 @@ def freeze(
     frozen tables. Call under the mesh of the store, if it has one.
 
     Raises:
-      ConfigError: the width of a row is not a multiple of 32.
+      ConfigError: the width of a row is not a multiple of 32, or the store's tables lie in the files of a folder, and
+        `placement` names no other.
     """
+    folder = getattr(store.placement, "mmap_dir", "")
+    require(
+        not folder or getattr(placement or store.placement, "mmap_dir", "") != folder,
+        f"memory.mmap_dir={folder!r} holds the tables that are to be frozen: give `placement=` another folder.",
+    )
     frozen = replace(store, optimizer=FrozenFP8(), row_dtype=CODE.dtype.name, placement=placement or store.placement)
 
     def local(chunk: TableState, step: jax.Array) -> TableState:

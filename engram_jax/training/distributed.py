@@ -27,7 +27,8 @@ HEARTBEAT_SECONDS = 50
 JOIN_SECONDS = 300
 LEAVE_SECONDS = 50
 """For the others to come to the end too; a process that fails alone ends them when this is over."""
-EXCHANGE_SECONDS = 120
+EXCHANGE_SECONDS = 240
+"""Longer than the first process may wait for a folder (door.PATIENCE), so that its reason arrives."""
 
 _LAST_LINE = (
     "Process {id} of {count} ended before the run was done: it was killed, or another process died or lost its "

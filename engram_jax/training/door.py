@@ -36,8 +36,9 @@ def folder_of_one_run(run_dir: Path, log: Callable[[str], None] = print) -> Iter
             "(gcsfuse, and a hierarchical namespace, in which folders are renamed at once) and give the mounted path."
         )
     with contextlib.ExitStack() as files:
-        problem, key, is_new = "", "", not run_dir.exists()
+        problem, key, is_new = "", "", False
         try:
+            is_new = not run_dir.exists()
             run_dir.mkdir(parents=True, exist_ok=True)
             if is_first():
                 key = _lock(run_dir / LOCK, files, log)

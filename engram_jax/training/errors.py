@@ -6,7 +6,7 @@ The exit statuses of `python -m experiments.run`, which whoever starts it again 
     1    the run cannot go on (RunError), 2 wrong settings (ConfigError): somebody has to look
     75   stopped by SIGTERM, the notice before a preemption, and saved: start again
     130  stopped by Ctrl-C, and saved
-    70   other processes are missing (PeersError), or a program failed among several processes: start again, later
+    70   other processes are missing (PeersError), or the program failed (a full traceback): start again, later
     any other, death by a signal among them: start again, later
 """
 

@@ -13,7 +13,6 @@ Measured against rows of N(0, 0.02) and a value projection of zero: experiments/
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
@@ -30,17 +29,18 @@ from engram_jax.config import (
     MemoryConfig,
     RunConfig,
     differences,
-    from_dict,
     replace,
     require,
 )
 from engram_jax.data.tokenizer import load_tokenizer
 from engram_jax.memory.store import MemoryState
+from engram_jax.memory.table_index import TableFileError
 from engram_jax.model import Model, Segment, named_key, segments, split
 from engram_jax.sharding import spec
 from engram_jax.training import run_folder
 from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.checkpoint import Checkpoints
+from engram_jax.training.errors import RunError
 from engram_jax.training.state import TrainState
 from engram_jax.training.table_checkpoint import restore_tables
 
@@ -84,7 +84,7 @@ def find_source(config: RunConfig) -> Source:
         (run_dir / "config.json").is_file(),
         f"{named} is not a run: it has no config.json. Train it, or give its folder.",
     )
-    theirs = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
+    theirs = run_folder.read_config(run_dir)
     require(
         run_folder.has_checkpoint(run_dir),
         f"{named} has no checkpoint yet: let that run reach its first one.",
@@ -140,13 +140,19 @@ def initial_state(parts: Parts, source: Source, tokenizer: Tokenizer, log: Calla
     with Checkpoints(
         source.run_dir / "checkpoints", theirs.config.checkpoint, theirs, log, read_only=True
     ) as checkpoints:
-        read = checkpoints.restore(
-            theirs.abstract_state(), lambda saved: run_folder.check_readable(saved, theirs), tables=False
-        )
+        metas: list[dict[str, Any]] = []
+
+        def can_be_read(saved: dict[str, Any]) -> None:
+            run_folder.check_readable(saved, theirs)
+            metas.append(saved)
+
+        read = checkpoints.restore(theirs.abstract_state(), can_be_read, tables=False)
     if read is None:
         raise ConfigError(f"{named} has no checkpoint yet: let that run reach its first one.")
     step, params, buffers, rows_used = int(read.step), read.params, read.buffers, read.memory.rows_used
     del read  # the optimizer state of the source
+    if metas[-1].get("imported_from"):  # its tables hold no counts of uses: every row counts when it is first used here
+        rows_used = parts.store.none_used()
 
     cut = (segments(theirs.config.model), segments(parts.config.model))
     key = jax.random.key(parts.config.train.seed)
@@ -156,7 +162,11 @@ def initial_state(parts: Parts, source: Source, tokenizer: Tokenizer, log: Calla
         memory = with_changes(parts.store, init_std=0.0).init(named_key(key, "memory"))
     elif parts.store.layers:
         folder = run_folder.tables_of(source.run_dir, step)
-        memory = MemoryState(restore_tables(folder, parts.store, parts.mesh, theirs.store, step), rows_used)
+        try:
+            tables = restore_tables(folder, parts.store, parts.mesh, theirs.store, step)
+        except (TableFileError, OSError) as error:
+            raise RunError(f"{named}: its tables cannot be read ({error}). Restore that run from a copy.") from error
+        memory = MemoryState(tables, rows_used)
     else:
         memory = MemoryState({}, {})
     log(f"Begins with step {step} of {source.run_dir}: parameters{' and tables' if source.has_memory else ''}.")

@@ -75,6 +75,8 @@ def _train(config: RunConfig, run_dir: Path, log: Log, profile: Profile | None, 
     parts = assemble(config, text.tokenizer.backend)
     config = parts.config
     run_folder.check(run_dir, config)
+    meta = run_folder.meta(config, text, parts)
+    run_folder.check_alike(meta)
     log(
         f"Run {config.name} in {run_dir}: {jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}."
     )
@@ -85,7 +87,6 @@ def _train(config: RunConfig, run_dir: Path, log: Log, profile: Profile | None, 
         StopRequest(parts.mesh) as stop,
     ):
         # --- state: restored, or new ---
-        meta = run_folder.meta(config, text, parts)
         checkpoints.check_room(parts.abstract_state())
         restored = checkpoints.restore(parts.abstract_state(), lambda saved: run_folder.check_meta(saved, meta, parts))
         if restored is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from engram_jax.memory import hashing
 from engram_jax.sharding import BATCH, MESH_AXES
 from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.checkpoint import Checkpoints
-from engram_jax.training.distributed import is_first
+from engram_jax.training.distributed import exchange, is_first
 from engram_jax.training.errors import RunError
 from engram_jax.training.state import TrainState
 
@@ -65,9 +66,9 @@ def load_run(
       ConfigError: the mesh does not fit the model or the devices.
       RunError: the folder is not a run, has no checkpoint, or another tokenizer than it was trained with.
     """
-    if not (run_dir / "config.json").exists():
+    if not os.path.exists(run_dir / "config.json"):
         raise RunError(f"{run_dir} is not a run: it has no config.json. Train one with python -m experiments.run.")
-    config = from_dict(RunConfig, json.loads((run_dir / "config.json").read_text()))
+    config = read_config(run_dir)
     tokenizer, num_devices = load_tokenizer(run_dir / "tokenizer.json"), math.prod((mesh or {}).values())
     parts = assemble(for_use(config, mesh, placement), tokenizer.backend, jax.devices()[:num_devices])
     with (
@@ -121,13 +122,52 @@ def has_checkpoint(run_dir: Path) -> bool:
 
 def check(run_dir: Path, config: RunConfig) -> None:
     """Raises `ConfigError` if the folder holds a run with other settings."""
-    saved = run_dir / "config.json"
-    if saved.exists():
-        _check_config(config, json.loads(saved.read_text()), f"{run_dir} holds a run")
+    if (run_dir / "config.json").exists():
+        _check_config(config, read_config(run_dir), f"{run_dir} holds a run")
 
 
-def _check_config(ours: RunConfig, saved: dict[str, Any], whose: str) -> None:
-    changed = differences(ours, from_dict(RunConfig, saved))
+def read_config(run_dir: Path) -> RunConfig:
+    """A run's settings.
+
+    Raises:
+      ConfigError: its config.json cannot be read.
+    """
+    path = run_dir / "config.json"
+    try:
+        return from_dict(RunConfig, json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read as the settings of a run ({error}): restore it.") from None
+
+
+OWN = ("data.cache_dir", "memory.mmap_dir")
+"""Settings in which the processes of a run may differ: folders of each host's own."""
+
+
+def check_alike(ours: dict[str, Any]) -> None:
+    """Every process must have the same text, tokenizer and settings, or their batches would be parts of nothing.
+
+    Args:
+      ours: this process's `meta`.
+
+    Raises:
+      ConfigError: on all processes, if one has others than process 0.
+    """
+    config = from_dict(RunConfig, ours["config"])
+    settings = [line for line in differences(config, RunConfig()) if not line.startswith(OWN)]
+    said = {name: ours[f"{name}_sha256"][:12] for name in ("corpus", "tokenizer")} | {"settings": settings}
+    first, *others = map(json.loads, exchange(json.dumps(said)))
+    for number, theirs in enumerate(others, start=1):
+        if what := [name for name in said if theirs[name] != first[name]]:
+            lines = sorted(set(theirs["settings"]) ^ set(first["settings"]))
+            detail = f" ({'; '.join(lines[:4])})" if lines else ""
+            raise ConfigError(
+                f"Process {number} has another {' and other '.join(what)} than process 0{detail}: give every process "
+                "of a run the same command, and each host the same text and tokenizer, or one copy that all share."
+            )
+
+
+def _check_config(ours: RunConfig, theirs: RunConfig, whose: str) -> None:
+    changed = differences(ours, theirs)
     changed = [line for line in changed if not line.startswith(FREE_TO_CHANGE)]
     if changed:
         raise ConfigError(
@@ -187,7 +227,7 @@ def check_meta(saved: dict[str, Any], ours: dict[str, Any], parts: Parts) -> Non
             f"This run was imported from {saved['imported_from']}, which holds no optimizer state: it cannot be "
             "continued, only read. Train on in another --run_dir with train.init_from and this folder."
         )
-    _check_config(parts.config, saved["config"], "The checkpoint belongs to a run")
+    _check_config(parts.config, from_dict(RunConfig, saved["config"]), "The checkpoint belongs to a run")
     for name, what in {"tokenizer_sha256": "tokenizer", "corpus_sha256": "corpus"}.items():
         if saved[name] != ours[name]:
             raise RunError(

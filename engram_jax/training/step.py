@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import optax
 
 from engram_jax.config import RunConfig
-from engram_jax.layers.cross_entropy import NO_LOSS
 from engram_jax.layers.moe import MoEStats
 from engram_jax.memory.placements import DevicePlacement
 from engram_jax.memory.plan import RowPlan, capacity, overflow, requests
@@ -55,7 +54,7 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
         return cross_entropy + config.model.moe.seq_aux_alpha * balance, (cross_entropy, stats)
 
     def gradients(params, rows, buffers, batch) -> tuple[Any, Any]:
-        total_count = jnp.maximum(jnp.sum(batch["targets"] != NO_LOSS), 1)
+        total_count = jnp.maximum(jnp.sum(batch["targets"] >= 0), 1)
         loss_and_grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         if accum == 1:
             (_, aux), grads = loss_and_grads(params, rows, buffers, batch, total_count)

@@ -267,8 +267,15 @@ def test_bad_input_says_what_and_where(tmp_path, files, corpus, message):
 
 
 def test_a_misspelt_kind_is_corrected():
-    with pytest.raises(ConfigError, match=r"did you mean \['python'\]"):
+    with pytest.raises(ConfigError, match=r"did you mean 'python'\?"):
         read("pyhton")
+
+
+def test_a_glob_is_no_misspelt_kind(tmp_path, monkeypatch):
+    (tmp_path / "python").mkdir()
+    (tmp_path / "python" / "a.py").write_text("x = 1")
+    monkeypatch.chdir(tmp_path)
+    assert read("python/*.py") == ["x = 1"]
 
 
 def test_an_unreadable_file_is_named(tmp_path, monkeypatch):

@@ -93,6 +93,9 @@ def test_save_and_load(trained, tmp_path):
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
     assert loaded.sha256 == trained.sha256
     assert loaded.encode(PROBE) == trained.encode(PROBE)
+    written = (tmp_path / "tokenizer.json").stat().st_ino
+    trained.save(tmp_path / "tokenizer.json")  # a run that goes on: others may be reading it
+    assert (tmp_path / "tokenizer.json").stat().st_ino == written and len(list(tmp_path.iterdir())) == 1
 
 
 def test_trained_on_the_training_split_once(config, monkeypatch):
@@ -101,6 +104,9 @@ def test_trained_on_the_training_split_once(config, monkeypatch):
     assert first.sha256 == train_tokenizer(corpus.training_documents(config.holdout_fraction), 400).sha256
     assert tokenizer_for(config, 400, corpus, lines.append).sha256 == first.sha256
     assert len(lines) == 1
+    [cached] = (Path(config.cache_dir) / "tokenizers").glob("*.json")
+    cached.write_text("")  # a machine that lost power
+    assert tokenizer_for(config, 400, corpus, lines.append).sha256 == first.sha256 and len(lines) == 2
     other = dataclasses.replace(config, holdout_fraction=0.5)
     assert tokenizer_for(other, 400, corpus, lines.append).sha256 != first.sha256
     assert tokenizer_for(config, 401, corpus, lines.append).vocab_size == 401

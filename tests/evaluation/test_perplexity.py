@@ -46,6 +46,14 @@ def test_counts_of_a_large_vocabulary(rng):
     np.testing.assert_array_equal(counts.lookup(stream[None].astype(np.int32))[0, 2:], 1)
 
 
+def test_the_last_id_of_16_bits_and_texts_shorter_than_an_ngram():
+    stream = np.array([7, 65_535, 8, 7, 65_535, 8], np.uint16)
+    counts = NgramCounts.of(stream, 3)
+    assert counts.lookup(np.array([[7, 65_535, 8]]))[0, 2] == 2
+    for length in (1, 2, 3):
+        assert (NgramCounts.of(stream, 5).lookup(np.ones((1, length), np.int32)) == 0).all()
+
+
 def test_counting_stops_at_its_limit(rng, monkeypatch):
     monkeypatch.setattr(frequency, "MAX_TOKENS", 100)
     stream = rng.integers(0, 4, 1000)

@@ -90,6 +90,9 @@ def test_buckets_side_by_side():
     text = shown(record("a", by_ngram_frequency=ours), record("b", by_ngram_frequency={"64+": ours["64+"]}))
     assert rows(text)["0 (25.0% of tokens)"] == ["5.0000 ± 0.5000", "-"]
     assert rows(text)["64+ (75.0% of tokens)"] == ["2.0000", "2.0000"]
+    diverged = {"64+": {"loss": None, "stderr": None, "share": 1.0}}  # NaN as it is saved
+    found = rows(shown(record("a", by_ngram_frequency=ours), record("b", by_ngram_frequency=diverged)))
+    assert found["64+ (75.0% of tokens)"] == ["2.0000", "-"]
 
 
 def test_lines_line_up():

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from engram_jax.config import ConfigError
-from engram_jax.training.errors import FAILED, FINISHED, MISTAKEN, RunError
-from experiments.command_line import NOBODY_READS, exit_status
+from engram_jax.training.errors import FAILED, FINISHED, MISTAKEN, PEERS_LOST, RunError
+from experiments.command_line import NOBODY_READS, exit_status, training_status
 
 
 def test_the_status_is_the_commands():
@@ -27,6 +27,18 @@ def test_a_mistake_is_one_line(capsys, error, status):
 def test_a_bug_is_no_mistake():
     with pytest.raises(ZeroDivisionError):
         exit_status(lambda: 1 // 0)
+
+
+def test_a_program_that_fails_while_it_trains_may_be_started_again(capsys):
+    """A lone process as one among others; a second Ctrl-C is nobody's error."""
+    assert training_status(lambda: 1 // 0) == PEERS_LOST
+    assert "ZeroDivisionError" in capsys.readouterr().err.splitlines()[-1]
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training_status(interrupted)
 
 
 @pytest.mark.parametrize("line", ["print('report')", "print('report' * 100_000, flush=True)"])

@@ -1,6 +1,7 @@
 """The engine against drawing one token after the other from whole sequences."""
 
 import jax
+import numpy as np
 import pytest
 from small_models import MAX_LEN, PAPER, VOCAB_SIZE, built, full_logits
 from test_extend import random_tokens
@@ -77,6 +78,26 @@ def test_a_conversation_reads_only_what_is_new(engine, paper_model, rng, monkeyp
         prompt = [*prompt, *made[0][:said], *random_tokens(rng, more)]
 
 
+def test_ends_taken_back_again_and_again(paper_model, rng):
+    """Each by at most `spare`, together by more: what has left the memory's windows is read anew."""
+
+    def windows(engine, prompt):
+        """What the memory remembers of the last positions, once one token was drawn after the prompt."""
+        engine.generate([prompt], replace(GREEDY, max_tokens=1))
+        return jax.tree.map(lambda kept: kept[:, engine.spare :], (engine._cache.canonical_BW, engine._cache.gated))
+
+    def small():
+        return Engine(*paper_model, batch_size=1, max_len=MAX_LEN, chunk=7, spare=4)
+
+    engine, first = small(), rng.permutation(VOCAB_SIZE)[:36].tolist()
+    windows(engine, first[:30])
+    for kept in (27, 24, 22):
+        prompt = [*first[:kept], first[35 - kept % 5]]  # another token than the one that was there
+        jax.tree.map(np.testing.assert_array_equal, windows(engine, prompt)[0], windows(small(), prompt)[0])
+        for ours, theirs in zip(*(jax.tree.leaves(windows(x, prompt)[1]) for x in (engine, small())), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 def test_an_unfinished_stream_leaves_no_trace(engine, rng):
     prompts = [random_tokens(rng, n) for n in (5, 3)]
     expected = engine.generate(prompts, FREE)
@@ -107,8 +128,9 @@ def test_prompts_that_cannot_work(engine, prompt, message):
 
 
 def test_settings_that_cannot_work(paper_model, tokenizer):
-    with pytest.raises(ConfigError, match="chunk=0"):
-        Engine(*paper_model, chunk=0)
+    for name, value in {"chunk": 0, "spare": -1}.items():
+        with pytest.raises(ConfigError, match=f"{name}={value}"):
+            Engine(*paper_model, **{name: value})
     with pytest.raises(ConfigError, match="batch_size=3 is not a multiple of the 2 devices"):
         Engine(*built(replace(PAPER, train__mesh_fsdp=2), tokenizer, devices=2), batch_size=3)
     with pytest.raises(ConfigError, match="mesh_context=2"):

@@ -98,3 +98,9 @@ def test_refusals(tmp_path, capsys):
     assert main([str(backbone), "x", "--print"]) == 0
     printed = capsys.readouterr().out
     assert json.loads(printed[: printed.index("\n}\n") + 2])["train"]["init_from"] == str(backbone)
+    assert main([str(backbone), "x", "--slice", "v5p-8", "--data.batch_size", "16", "--print"]) == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed[: printed.index("\n}\n") + 2])["train"]["mesh_fsdp"] == 8
+    (backbone / "config.json").write_text("")
+    assert main([str(backbone), "x"]) == 2
+    assert "config.json cannot be read as the settings of a run" in capsys.readouterr().err

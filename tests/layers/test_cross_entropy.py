@@ -46,6 +46,24 @@ def test_equals_optax_forward_and_gradient():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "losses", [token_losses, lambda *inputs: chunked_token_losses(*inputs, 8)], ids=["whole", "cut"]
+)
+def test_no_negative_target_counts(losses):
+    """Other libraries' -100 among them."""
+    hidden, head, targets, weights = inputs()
+    others = jnp.where(targets == NO_LOSS, -100, targets)
+    assert (others != targets).any()
+    for ours, theirs in zip(
+        *(
+            jax.tree.leaves(jax.value_and_grad(weighted(losses, weights), argnums=(0, 1))(hidden, head, t))
+            for t in (others, targets)
+        ),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_bfloat16_states_give_float32_losses_and_head_gradients():
     hidden, head, targets, weights = inputs(jnp.bfloat16)
     losses = token_losses(hidden, head, targets)

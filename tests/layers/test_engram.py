@@ -1,5 +1,6 @@
 """The reader against the published code's output and gradients, against its equations written out, and its promises."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from engram_jax.config import EngramConfig, ModelConfig
+from engram_jax.config import ConfigError, EngramConfig, ModelConfig
 from engram_jax.layers.engram import copysign_sqrt, gate_scores, signed_sqrt
 from engram_jax.layers.engram_readers import reader_class
-from engram_jax.layers.short_conv import gated_short_conv, shift
+from engram_jax.layers.short_conv import gated_short_conv, shift, unshift
 from engram_jax.sharding import make_mesh, spec
 
 pytestmark = pytest.mark.newest
@@ -276,6 +277,18 @@ def test_one_token_sequence():
         jnp.ones((1, 1, 2)), jnp.ones((1, 1, 4)), jnp.ones((2, 4)), jnp.ones((4, 2, 4)), None, 3, 1e-20
     )
     np.testing.assert_allclose(y, 1 + jax.nn.silu(1.0) * jnp.ones((1, 1, 2, 4)), rtol=1e-6)
+
+
+def test_pieces_shorter_than_the_convolutions_reach_are_refused():
+    """One neighbour is asked, and would have only a part of what is asked for."""
+    mesh, cut = jax.make_mesh((4,), ("context",)), jax.P(None, "context")
+    x = np.arange(64.0)[None]
+    for move in (shift, unshift):
+        moved = jax.shard_map(partial(move, distance=9, cut=True), mesh=mesh, in_specs=cut, out_specs=cut)
+        long, short = (jax.device_put(x[:, :length], jax.NamedSharding(mesh, cut)) for length in (64, 32))
+        np.testing.assert_array_equal(moved(long), move(jnp.asarray(x), 9))
+        with pytest.raises(ConfigError, match="pieces of 8 positions, and the convolution looks 9 back"):
+            moved(short)
 
 
 @pytest.mark.parametrize("cross_documents", [False, pytest.param(True, marks=pytest.mark.slow)])

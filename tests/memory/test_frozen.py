@@ -1,6 +1,7 @@
 """A frozen memory reads what the trained one reads, to the precision of FP8, wherever it lies."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,14 @@ def test_a_frozen_store_cannot_be_trained():
     grads = frozen.reduce(plan, frozen.fetch(state, plan, 3))
     with pytest.raises(ConfigError, match="frozen and cannot be trained"):
         frozen.update(state, plan, grads, 3)
+
+
+def test_frozen_tables_need_files_of_their_own(tmp_path):
+    store, state = trained(None)
+    store = dataclasses.replace(store, placement=NumpyPlacement(str(tmp_path)))
+    for placement in (None, NumpyPlacement(str(tmp_path))):
+        with pytest.raises(ConfigError, match=r"mmap_dir=.* to be frozen: give `placement=` another folder"):
+            freeze(store, state, 3, placement)
 
 
 def test_a_width_that_has_no_blocks_is_refused():

@@ -8,8 +8,8 @@ import sys
 import jax
 import pytest
 
-from engram_jax.config import ConfigError
-from engram_jax.training import distributed
+from engram_jax.config import ConfigError, RunConfig, replace, to_dict
+from engram_jax.training import distributed, run_folder
 from engram_jax.training.errors import PeersError
 
 SLURM = {
@@ -188,6 +188,28 @@ def test_two_processes_tell_each_other_and_notice_when_one_does_not_come(tmp_pat
         for process in pair:
             process.kill()
             process.communicate()
+
+
+def test_processes_of_other_settings_or_text_are_refused_on_all(monkeypatch):
+    config = RunConfig()
+    ours = {"config": to_dict(config), "corpus_sha256": "a" * 64, "tokenizer_sha256": "b" * 64}
+    meant = {
+        "": {},
+        "another settings than": {"config": to_dict(replace(config, train__steps=7))},
+        "another corpus and other tokenizer than": {"corpus_sha256": "c" * 64, "tokenizer_sha256": "d" * 64},
+        None: {"config": to_dict(replace(config, data__cache_dir="/own"))},
+    }
+    for says, changes in meant.items():
+        said = []
+        monkeypatch.setattr(run_folder, "exchange", lambda text, said=said: said.append(text) or [text])
+        run_folder.check_alike(ours), run_folder.check_alike(ours | changes)
+        monkeypatch.setattr(run_folder, "exchange", lambda _, said=said: said)
+        if not says:
+            run_folder.check_alike(ours)
+            continue
+        for side in (ours, ours | changes):
+            with pytest.raises(ConfigError, match=f"Process 1 has {says} process 0"):
+                run_folder.check_alike(side)
 
 
 def test_alone_there_is_nobody_to_ask():
