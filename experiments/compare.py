@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tyro
 
-from engram_jax.config import differences, replace, require
+from engram_jax.config import ConfigError, differences, replace, require
 from engram_jax.counts import parameters
 from engram_jax.evaluation.frequency import bucket_names
 from engram_jax.training.errors import FINISHED
@@ -39,20 +40,33 @@ def compare(run_dirs: Sequence[Path], output: Path | None = None) -> Path:
     """Writes compare.png and compare.md to `output`, prints the table, returns the picture's path.
 
     Raises:
-      ConfigError: a folder is no run, or a run is given twice.
+      ConfigError: a folder is no run, a run is given twice, or `output` cannot be written.
     """
     from experiments.compare_picture import draw
 
     require(bool(run_dirs), "give the folders of the runs to compare.")
     groups = grouped([Run.load(path) for path in run_dirs])
     output = output or run_dirs[0].resolve().parent
-    output.mkdir(parents=True, exist_ok=True)
     text = report(groups)
+    with _writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "compare.md").write_text(text, encoding="utf-8")
     print(text)
-    (output / "compare.md").write_text(text, encoding="utf-8")
     titles = [headline(*pair) for pair in compared_pairs(groups)]
-    draw(groups, "\n".join(titles) or ", ".join(group.label for group in groups), output / "compare.png")
+    with _writing_to(output):
+        draw(groups, "\n".join(titles) or ", ".join(group.label for group in groups), output / "compare.png")
     return output / "compare.png"
+
+
+@contextmanager
+def _writing_to(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"picture and table cannot be written to {output}: {error.strerror or error}. "
+            "Give --output a folder that can be written."
+        ) from None
 
 
 def compared_pairs(groups: Sequence[Group]) -> list[tuple[Group, Group]]:

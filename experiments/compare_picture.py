@@ -66,14 +66,15 @@ def _draw_curves(axes: Axes, groups: Sequence[Group], styles: dict[str, Style]) 
             axes.plot(tokens, smoothed(losses), color=color, linewidth=1.4)
             at, validation = _series(run, LOSS)
             axes.plot(at, validation, marker, color=color, markersize=7, markeredgecolor="white")
-            after_start = tokens >= STEEP_START * tokens[-1]
+            after_start = tokens >= STEEP_START * tokens.max(initial=0)  # no line yet: a run before its first step
             shown += [*smoothed(losses)[after_start], *losses[after_start], *validation]
         finals = group.values(lambda run: run.last(LOSS))
         final = f": {statistics.mean(finals):.3f}" if finals else ""
         final += f" ± {statistics.stdev(finals):.3f} ({len(finals)} seeds)" if len(finals) > 1 else ""
         axes.plot([], [], f"{marker}-", color=color, markeredgecolor="white", label=group.label + final)
-    margin = 0.05 * (max(shown) - min(shown)) or 0.1
-    axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    if shown:
+        margin = 0.05 * (max(shown) - min(shown)) or 0.1
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set(xlabel="training tokens", ylabel="nats per token")
     axes.set_title("Training loss (lines), validation loss (markers; the last one in the legend)", fontsize=10)

@@ -7,18 +7,20 @@ is saved there; `--paper` puts the paper's figures beside it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import os
 import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from engram_jax.config import RunConfig, from_dict, require
+from engram_jax.config import ConfigError, RunConfig, from_dict, require
 from engram_jax.evaluation.knock_out import parse_scales
 from engram_jax.evaluation.tasks import Shared, all_tasks, split_name
 from engram_jax.training.errors import FINISHED, RunError
@@ -45,7 +47,7 @@ class Options:
     mesh_tensor: int = 1
     """Devices over which heads, feed-forward widths and the vocabulary are cut."""
     name: str = ""
-    """Of the results' file. Empty: made from the tasks, the corpus and the memory scale."""
+    """Of the results' file. Empty: made from tasks, corpus and memory scale, and a hash of what is not the default."""
     output: Path | None = None
     """The folder for the results. None: RUN_DIR/evaluations."""
     table: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -97,12 +99,15 @@ def evaluate(options: Options, tasks: dict[str, Any], command: Sequence[str]) ->
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    records = []
-    for run_dir in options.run_dirs:
+    file = f"{options.name or file_name(options, tasks)}.json"
+    paths = {run_dir: (options.output or run_dir / results.FOLDER) / file for run_dir in options.run_dirs}
+    for path in paths.values():
+        results.check_writable(path)  # before the first of many hours
+    records: list[tuple[Path, dict[str, Any]]] = []
+    for run_dir, path in paths.items():
         keep_compiled_programs(run_config(run_dir))
         mesh = {"fsdp": options.mesh_fsdp, "tensor": options.mesh_tensor}
         model = UnderTest.load(run_dir, options.batch_tokens, options.memory_scale, log, mesh, options.placement)
-        path = (options.output or run_dir / results.FOLDER) / f"{options.name or file_name(options)}.json"
         entries: dict[str, Any] = {}
         for word, (name, argument) in chosen.items():
             log(f"{model.name}: {word}")
@@ -110,7 +115,13 @@ def evaluate(options: Options, tasks: dict[str, Any], command: Sequence[str]) ->
             result = tasks[name](model, options.shared, argument)
             entries[word] = results.entry(tasks[name], result, time.perf_counter() - started)
             record = results.record(model, options.shared, entries, ["python", "-m", "experiments.evaluate", *command])
-            results.save(path, record)
+            try:
+                results.save(path, record)
+            except RunError as error:  # a full disk, hours after the check
+                print(
+                    _rendered(columns([*records, (run_dir, results.plain(record))]), options.paper), end="", flush=True
+                )
+                raise RunError(f"{error} What was measured is on the screen.") from None
         log(f"{model.name}: results in {path}")
         records.append((run_dir, results.load(path)))
         del model  # one run's tables in memory at a time
@@ -148,21 +159,56 @@ def run_config(run_dir: Path) -> RunConfig:
 
     Raises:
       RunError: it is no run.
+      ConfigError: its settings cannot be read.
     """
     path = run_dir / "config.json"
-    if not path.exists():
-        raise RunError(f"{run_dir} is not a run: it has no config.json. Train one with python -m experiments.run.")
-    return from_dict(RunConfig, json.loads(path.read_text()))
+    try:  # read at once: Path.exists raises PermissionError below a folder that one may not enter, before Python 3.14
+        return from_dict(RunConfig, json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(
+            f"{run_dir} is not a run: it has no config.json. Train one with python -m experiments.run."
+        ) from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read as the settings of a run ({error}): restore it.") from None
 
 
-def file_name(options: Options) -> str:
-    """`perplexity+longppl-books-memory-0`: a different name for each question, the same for the same."""
+def file_name(options: Options, tasks: Mapping[str, Any]) -> str:
+    """`perplexity+longppl-books-memory-0`: a different name for each question, the same for the same.
+
+    What it does not spell is in a hash behind it, `perplexity-7c0a12de`, so that a try-out of ten documents leaves the
+    full answer alone; where that is nothing there is no hash.
+    """
     parts = ["+".join(options.tasks)]
     if options.shared.corpus:
         parts.append(Path(options.shared.corpus).name)
     if options.memory_scale:
         parts.append("memory-" + ",".join(options.memory_scale))
-    return re.sub(r"[^\w.,=+-]+", "_", "-".join(parts))[:150]
+    whole = re.sub(r"[^\w.,=+-]+", "_", "-".join(parts))
+    name, unsaid = whole[:150], _unsaid(options, tasks)
+    if name != whole:
+        unsaid["name"] = whole
+    if not unsaid:
+        return name
+    text = json.dumps(unsaid, sort_keys=True, default=str)  # of paths
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _unsaid(options: Options, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """The question's options that are not at their defaults; only these, so that a new option renames no file."""
+    chosen = sorted({split_name(word)[0] for word in options.tasks})
+    found: dict[str, Any] = {}
+    for prefix, ours in [("", options.shared), *[(f"{name}.", tasks[name]) for name in chosen]]:
+        defaults = type(ours)()
+        for field in dataclasses.fields(ours):
+            value = getattr(ours, field.name)
+            if value != getattr(defaults, field.name):
+                found[prefix + field.name] = value
+    if corpus := options.shared.corpus:
+        where = os.path.abspath(corpus) if os.path.exists(corpus) else corpus  # "test" is another text elsewhere
+        found["corpus"] = where
+        if where == Path(corpus).name:  # python, tfds:NAME: said by the name
+            del found["corpus"]
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:

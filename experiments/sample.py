@@ -8,17 +8,21 @@ python -m experiments.sample RUN_DIR --interactive
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from engram_jax.config import ConfigError, require
+from engram_jax.training.errors import INTERRUPTED, RunError
 from experiments.command_line import exit_status
 
 if TYPE_CHECKING:  # they bring jax, which --help does not wait for
@@ -38,7 +42,7 @@ class Options:
     prompts: Path | None = None
     """A file of prompts instead: JSON lines with "prompt", or one prompt a line. Answers are JSON lines."""
     out: Path | None = None
-    """Where the answers to --prompts go; standard output without it."""
+    """Where the answers to --prompts go; standard output without it. Until all are there: OUT.partial."""
     interactive: bool = False
     """Reads prompts from the terminal, each continuing the text so far; /new starts again, Ctrl-D ends."""
     max_tokens: int = 200
@@ -88,6 +92,8 @@ def sample(options: Options) -> int:
         "--interactive and --prompts: choose one of them.",
     )
     prompts = read_prompts(options.prompts) if options.prompts else [options.prompt]
+    if options.prompts and options.out:
+        check_writable(options.out)  # before the first of many hours
     mesh = {"fsdp": options.mesh_fsdp, "tensor": options.mesh_tensor}
     state, parts = load_run(options.run_dir, log=_say, mesh=mesh, placement=options.placement)
     keep_compiled_programs(parts.config)
@@ -113,13 +119,13 @@ def sample(options: Options) -> int:
 
 def show(engine: Engine, tokenizer: Tokenizer, ids: list[int], sampling: Sampling, stop: Sequence[str]) -> str:
     """Streams the continuation to the terminal, then a line about its speed to standard error; returns the text."""
-    from engram_jax.inference.text import continued
+    from engram_jax.inference.text import pieces
 
     text, started, times = "", time.perf_counter(), []
-    for _, piece in continued(engine, tokenizer, [ids], sampling, stop):
-        times.append(time.perf_counter())
-        print(piece, end="", flush=True)
-        text += piece
+    for piece in pieces(engine, tokenizer, [ids], sampling, stop):
+        times += [time.perf_counter()] * piece.tokens
+        print(piece.text, end="", flush=True)
+        text += piece.text
     print()
     if len(times) > 1:
         rate = (len(times) - 1) / (times[-1] - times[0])
@@ -156,8 +162,13 @@ def converse(engine: Engine, tokenizer: Tokenizer, sampling: Sampling, stop: Seq
 def answer_file(
     engine: Engine, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, options: Options
 ) -> int:
-    """Writes one JSON line per prompt, in order; a prompt that cannot be continued gets its error as the answer."""
-    from engram_jax.inference.text import continued
+    """Writes one JSON line per prompt, in order; a prompt that cannot be continued gets its error as the answer.
+
+    Raises:
+      ConfigError: the file cannot be written, before anything was computed.
+      RunError: it cannot be written any more; says where the answers are.
+    """
+    from engram_jax.inference.text import pieces
 
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
     answers: list[dict[str, Any]] = [{"prompt": prompt} for prompt in prompts]
@@ -169,13 +180,18 @@ def answer_file(
         else:
             answers[i]["error"] = error
     started = time.perf_counter()
-    for index, piece in continued(engine, tokenizer, [ids[i] for i in good], sampling, options.stop):
-        answers[good[index]]["text"] += piece
-        answers[good[index]]["tokens"] += 1
+    try:
+        with _kept(options.out) as keep:
+            for piece in pieces(engine, tokenizer, [ids[i] for i in good], sampling, options.stop):
+                answer = answers[good[piece.prompt]]
+                answer["text"] += piece.text
+                answer["tokens"] += piece.tokens
+                if piece.ended:
+                    keep(_line(answer))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     seconds = time.perf_counter() - started
-    with _written(options.out) as write:
-        for answer in answers:
-            write(json.dumps(answer, ensure_ascii=False) + "\n")
+    _write([_line(answer) for answer in answers], options.out)
     total = sum(answer.get("tokens", 0) for answer in answers)
     _say(f"[{len(good)} of {len(prompts)} prompts, {total} tokens, {total / seconds:.0f} tokens/s]")
     return 0 if len(good) == len(prompts) else 1
@@ -213,19 +229,81 @@ def _warn_beyond(config: Any, max_len: int) -> None:
         _say(f"warning: max_len={max_len} tokens; the model was trained at {trained}{stretched}. Expect less beyond.")
 
 
-@contextmanager
-def _written(path: Path | None) -> Iterator[Callable[[str], Any]]:
-    """Where lines go; a file appears when it is complete."""
-    if path is None:
-        yield lambda line: print(line, end="")
-        return
-    temporary = path.with_name(path.name + ".tmp")
+def check_writable(out: Path) -> None:
+    """Raises `ConfigError` if a file cannot be written there; leaves nothing behind."""
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yield file.write
-        temporary.replace(path)
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
     except OSError as error:
-        raise ConfigError(f"out={path} cannot be written: {error}") from None
+        raise ConfigError(
+            f"out={out} cannot be written: {error.strerror}. Name a file in a folder that is there and can be written."
+        ) from None
+
+
+def _line(answer: dict[str, Any]) -> str:
+    return json.dumps(answer, ensure_ascii=False) + "\n"
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".partial")
+
+
+@contextmanager
+def _kept(out: Path | None) -> Iterator[Callable[[str], None]]:
+    """Takes finished answers as they come: they are in OUT.partial whatever ends the program, even a kill.
+
+    Without `out` they are printed should it end early.
+    """
+    if out is None:
+        lines: list[str] = []
+        try:
+            yield lines.append
+        except BaseException:  # Ctrl-C among them
+            print("".join(lines), end="", flush=True)
+            raise
+        return
+    partial, count = _partial(out), 0
+    try:
+        file = partial.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"out={out}: {partial} cannot be written: {error.strerror}. Name another file.") from None
+
+    def keep(line: str) -> None:
+        nonlocal count
+        try:
+            file.write(line)
+            file.flush()
+        except OSError as error:
+            raise RunError(f"{partial} cannot be written any more: {error.strerror}. Make room and repeat.") from None
+        count += 1
+
+    try:
+        yield keep
+    except BaseException:
+        _say(f"[ended early: {count} finished answers are in {partial}]")
+        raise
+    finally:
+        with suppress(OSError):  # of what `keep` could not flush, and said
+            file.close()
+
+
+def _write(lines: Sequence[str], out: Path | None) -> None:
+    """All answers, in order; the file appears when it is complete, and then OUT.partial has served."""
+    if out is None:
+        print("".join(lines), end="")
+        return
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        temporary.write_text("".join(lines), encoding="utf-8")
+        temporary.replace(out)
+    except OSError as error:
+        raise RunError(
+            f"out={out} cannot be written any more: {error.strerror}. The answers are in {_partial(out)}, in the order "
+            "in which they were finished."
+        ) from None
+    _partial(out).unlink(missing_ok=True)
 
 
 def _say(line: str) -> None:

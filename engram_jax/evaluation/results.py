@@ -10,11 +10,14 @@ A number that could not be measured is null.
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -71,18 +74,40 @@ def entry(options: Any, result: Result, seconds: float) -> dict[str, Any]:
     }
 
 
+def check_writable(path: Path) -> None:
+    """Makes the folder and tries whether `save` can write this file: before there is anything to lose.
+
+    Raises:
+      RunError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Atomic; NaN and infinities become null, paths text."""
+    """Atomic; NaN and infinities become null, paths text.
+
+    Raises:
+      RunError: it cannot be written.
+    """
     # Here, because it brings jax, which showing saved results does not wait for.
     from engram_jax.training.run_folder import write_json
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, _plain(content))
+        write_json(path, plain(content))
     except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror}. The results are on the screen; give --output."
-        ) from None
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write {path}: {error.strerror}. Give --output a folder that can be written.")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -142,14 +167,14 @@ def commit() -> str | None:
         return None
 
 
-def _plain(value: Any) -> Any:
-    """Of nothing but what JSON has."""
+def plain(value: Any) -> Any:
+    """Of nothing but what JSON has: what `load` returns of a file that `save` wrote."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value) if isinstance(value, Path) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from tokenizers.decoders import DecodeStream
 
@@ -41,10 +42,23 @@ def _begun(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def continued(
+class Piece(NamedTuple):
+    """What is new of one continuation."""
+
+    prompt: int
+    """Its index."""
+    text: str
+    """May be empty, while what was drawn may be the beginning of a character or of a stop string."""
+    tokens: int
+    """1 for a token that was drawn; 0 where only text comes that was held back."""
+    ended: bool
+    """Whether it is the last one of its prompt."""
+
+
+def pieces(
     engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Sequence[str] = ()
-) -> Iterator[tuple[int, str]]:
-    """Yields (index of a prompt, next piece of its text) as it is drawn; a piece may be empty, one comes per token.
+) -> Iterator[Piece]:
+    """Yields the continuations of all prompts as they are drawn.
 
     A continuation ends at the tokenizer's eos, before a stop string, or where the engine ends it.
 
@@ -52,9 +66,30 @@ def continued(
       ConfigError: as `Engine.generate`.
     """
     streams = [TextStream(tokenizer, ids, stop) for ids in prompts]
-    ends = lambda index, token: token == tokenizer.eos_id or streams[index].push(token)  # noqa: E731
+    made = [0] * len(prompts)
+    cut: list[int] = []
+
+    def ends(index: int, token: int) -> bool:
+        if token == tokenizer.eos_id or streams[index].push(token):
+            cut.append(index)  # the token that ends it is none of it
+            return True
+        return False
+
+    def rest(index: int) -> Piece:
+        return Piece(index, streams[index].take(last=True), 0, True)
+
     for index, _ in engine.stream(prompts, sampling, ends):
-        yield index, streams[index].take()
-    for index, stream in enumerate(streams):
-        if rest := stream.take(last=True):
-            yield index, rest
+        made[index] += 1
+        ended = made[index] == sampling.max_tokens or len(prompts[index]) + made[index] == engine.max_len
+        yield Piece(index, streams[index].take(last=ended), 1, ended)
+        while cut:
+            yield rest(cut.pop(0))
+    yield from map(rest, cut)
+
+
+def continued(
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: Sequence[str] = ()
+) -> Iterator[tuple[int, str]]:
+    """`pieces` for who wants the text only: yields (index of a prompt, next piece of its text)."""
+    for piece in pieces(engine, tokenizer, prompts, sampling, stop):
+        yield piece.prompt, piece.text

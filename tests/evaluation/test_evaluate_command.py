@@ -1,9 +1,11 @@
 """python -m experiments.evaluate: what it writes, what it shows, and what it says of mistakes."""
 
+import errno
 import json
 import math
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from engram_jax.evaluation.results import load, metric_of
 from engram_jax.evaluation.statistics import Metric, difference
 from engram_jax.evaluation.tasks import Result, register
 from experiments import evaluate as command
-from experiments.evaluate import main
+from experiments.evaluate import file_name, main, parse
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def test_two_runs_side_by_side(capsys, runs):
     options = ["--limit", "4", "--perplexity.stride", "48", "--batch_tokens", "256"]
     assert main([str(with_memory), str(bare), *options, "--seed", "5"]) == 0
     out = capsys.readouterr().out
-    records = [load(path / "evaluations" / "perplexity.json") for path in runs]
+    records = [load(file) for path in runs for file in (path / "evaluations").glob("perplexity-*.json")]
     for record, name in zip(records, ("with_memory", "without_memory"), strict=True):
         assert record["run"]["name"] == name and record["run"]["step"] == 4 and record["seed"] == 5
         assert record["run"]["config"]["model"]["hidden_size"] == 32
@@ -151,6 +153,103 @@ def test_mistakes_are_one_line_before_anything_is_computed(
     streams = capsys.readouterr()
     assert streams.out == "" and streams.err.startswith("error: ") and streams.err.count("\n") == 1
     assert message in streams.err
+
+
+def name_for(*options: str) -> str:
+    return file_name(*parse(["run", *options]))
+
+
+def test_another_question_has_another_name(tmp_path, monkeypatch):
+    questions = [
+        [],
+        ["--limit", "10"],
+        ["--limit", "20"],
+        ["--seed", "10"],
+        ["--perplexity.context", "10"],
+        ["--text_key", "content"],
+        ["--tasks", "lm_eval:hellaswag"],
+        ["--tasks", "lm_eval:hellaswag", "--lm_eval.fewshot", "10"],
+        ["--tasks", "ruler", "--ruler.lengths", "256", "512"],
+        ["--tasks", "ruler", "--ruler.samples", "7"],
+        ["--corpus", "/a/test"],
+        ["--corpus", "/b/test"],
+        ["--tasks", *[f"lm_eval:{i:020}" for i in range(10)]],
+        ["--tasks", *[f"lm_eval:{i:020}" for i in range(10)], "--memory_scale", "0"],
+    ]
+    names = [name_for(*question) for question in questions]
+    assert len(set(names)) == len(questions) and all(len(name) < 200 for name in names)
+    assert names == [name_for(*question) for question in questions]
+    for folder in ("a", "b"):
+        (tmp_path / folder / "test").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a")
+    ours = name_for("--corpus", "test")
+    assert ours == name_for("--corpus", f"{tmp_path}/a/test/")
+    monkeypatch.chdir(tmp_path / "b")
+    assert ours != name_for("--corpus", "test")
+
+
+def test_defaults_leave_the_name_alone():
+    """Also options that a task not asked for has, and those that do not touch the numbers."""
+    assert name_for() == "perplexity"
+    assert name_for("--tasks", "perplexity", "longppl", "--memory_scale", "0") == "perplexity+longppl-memory-0"
+    assert name_for("--ruler.samples", "7", "--limit", "0", "--batch_tokens", "64") == "perplexity"
+    assert name_for("--corpus", "python") == "perplexity-python"
+
+
+def test_a_try_out_leaves_the_full_answer(runs, counting):
+    with_memory, _ = runs
+    for options in ([], ["--limit", "1"], ["--counting.up_to", "4"], ["--limit", "1"]):
+        assert main([str(with_memory), "--tasks", "counting", *options]) == 0
+    found = {path.name: load(path) for path in (with_memory / "evaluations").iterdir()}
+    assert len(found) == 3 and found["counting.json"]["shared"]["limit"] == 0
+    assert found["counting.json"]["tasks"]["counting"]["options"] == {"up_to": 3}
+
+
+def one_line(capsys, status: int, *arguments) -> str:
+    assert main([*map(str, arguments)]) == status
+    streams = capsys.readouterr()
+    assert streams.out == "" and streams.err.startswith("error: ") and streams.err.count("\n") == 1
+    return streams.err
+
+
+def test_folders_are_tried_before_a_model_is_loaded(capsys, monkeypatch, runs, tmp_path):
+    from engram_jax.evaluation.under_test import UnderTest
+
+    monkeypatch.setattr(UnderTest, "load", None)
+    with_memory, bare = runs
+    (bare / "evaluations").write_text("a file where a folder should be")
+    assert f"cannot write {bare}/evaluations/perplexity.json" in one_line(capsys, 1, with_memory, bare)
+    (tmp_path / "out" / "perplexity.json").mkdir(parents=True)
+    assert "Is a directory. Give --output" in one_line(capsys, 1, with_memory, "--output", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["perplexity.json"]
+
+    def refused(**_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)  # tests run as root, to whom nothing is refused
+    assert "Permission denied. Give --output" in one_line(capsys, 1, with_memory)
+
+
+def test_results_that_cannot_be_saved_any_more_are_shown(capsys, monkeypatch, runs, counting):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("engram_jax.training.run_folder.write_json", full)
+    with_memory, _ = runs
+    assert main([str(with_memory), "--tasks", "counting"]) == 1
+    streams = capsys.readouterr()
+    assert table_row(streams.out, "counting: sum") == ["6.0000 ± 0.5000"]
+    assert "No space left on device" in streams.err and "What was measured is on the screen" in streams.err
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(capsys, monkeypatch, run_dir):
+    def refused(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refused)  # as Path.exists meets it below such a folder
+    monkeypatch.setattr(Path, "read_text", refused)
+    assert "Permission denied" in one_line(capsys, 2, run_dir)
+    assert "Permission denied" in one_line(capsys, 2, run_dir, "--table")
 
 
 def test_results_that_cannot_be_read_are_named(capsys, runs):

@@ -1,5 +1,6 @@
 """Comparisons of made-up runs whose every number is known."""
 
+import errno
 import json
 import re
 import statistics
@@ -221,6 +222,32 @@ def test_picture_and_table_are_written_beside_the_first_run(capsys, tmp_path):
 def test_picture_of_an_unfinished_run_alone_has_its_curve(capsys, tmp_path):
     assert main([str(write_run(tmp_path / "a", MOE, 3.5, finished=False)), "--output", str(tmp_path / "out")]) == 0
     assert share_of(picture(tmp_path / "out"), STYLES[0][0]) > 0.001
+
+
+def test_a_run_before_its_first_step_has_no_curve(tmp_path):
+    """One that begins from another's checkpoint is evaluated before it trains."""
+    a, b = (write_run(tmp_path / name, config, 3.5) for name, config in (("a", MOE), ("b", ENGRAM)))
+    for path, lines in ((b, '{"step": 0, "validation_loss": 3.0}\n'), (a, '{"step": 0, "gate": 0.5}\n')):
+        (path / "result.json").unlink()
+        (path / "metrics.jsonl").write_text(lines)
+        assert main([str(path), "--output", str(tmp_path / "alone")]) == 0
+    assert main([str(a), str(b), "--output", str(tmp_path / "out")]) == 0
+    assert share_of(picture(tmp_path / "out"), STYLES[1][0]) > 0, "the validation point is missing"
+
+
+def test_an_output_that_cannot_be_written_is_one_line(capsys, monkeypatch, tmp_path):
+    path = write_run(tmp_path / "a", MOE, 3.5)
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        error = refused(capsys, path, "--output", output)
+        assert f"cannot be written to {output}: " in error and "--output" in error
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("experiments.compare_picture.draw", full)
+    assert main([str(path), "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: picture and table cannot be written")
 
 
 @pytest.mark.parametrize(

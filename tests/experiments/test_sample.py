@@ -1,8 +1,10 @@
 """The command that continues prompts."""
 
 import dataclasses
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,9 +21,11 @@ from engram_jax.config import (
     to_dict,
 )
 from engram_jax.data.tokenizer import train_tokenizer
+from engram_jax.inference.sampling import Sampling
 from engram_jax.training.assembly import assemble
 from engram_jax.training.checkpoint import Checkpoints
-from experiments.sample import main
+from engram_jax.training.errors import RunError
+from experiments.sample import Options, answer_file, main, show
 
 VOCAB_SIZE = 300
 CONFIG = RunConfig(
@@ -119,6 +123,79 @@ def test_a_file_of_prompts_is_answered_whatever_one_of_them_is(capsys, trained, 
     file.write_text("def é\n\nimport\n")
     assert main([str(trained), *options]) == 0
     assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["def é", "import"]
+
+
+class Drawing:
+    """An engine that draws these texts one after the other; `end` is raised within the next."""
+
+    max_len = 1000
+
+    def __init__(self, tokenizer, *texts: str, end: BaseException | None = None):
+        self.ids, self.end = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts], end
+
+    def error(self, ids):
+        return None
+
+    def stream(self, prompts, sampling, ends):
+        for index, ids in enumerate(self.ids):
+            for token in ids:
+                if not ends(index, token):
+                    yield index, token
+        if self.end is not None:
+            yield len(self.ids), self.ids[0][0]
+            raise self.end
+
+
+def answered(engine, tokenizer, out, prompts=("a", "b"), stop=()):
+    options = Options(Path("run"), prompts=Path("prompts"), out=out, stop=stop)
+    return answer_file(engine, tokenizer, prompts, Sampling(100, temperature=0), options)
+
+
+def test_an_answer_counts_its_tokens_where_text_was_held_back(capsys, tokenizer):
+    engine, stop = Drawing(tokenizer, "one two"), ("two more",)
+    assert answered(engine, tokenizer, None, ["a"], stop) == 0
+    count = len(tokenizer.encode("one two"))
+    assert json.loads(capsys.readouterr().out) == {"prompt": "a", "text": "one two", "tokens": count}
+    assert show(engine, tokenizer, [0], Sampling(100, temperature=0), stop) == "one two"
+    assert f"[{count} tokens, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), RuntimeError("a device is gone")])
+def test_finished_answers_outlive_the_program(capsys, tokenizer, tmp_path, end):
+    out, first = tmp_path / "answers.jsonl", {"prompt": "a", "text": "one", "tokens": len(tokenizer.encode("one"))}
+    for path in (out, None):
+        engine = Drawing(tokenizer, "one", end=end)
+        if isinstance(end, KeyboardInterrupt):
+            assert answered(engine, tokenizer, path) == 130
+        else:
+            with pytest.raises(RuntimeError, match="a device is gone"):
+                answered(engine, tokenizer, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.jsonl.partial"]
+    assert json.loads((tmp_path / "answers.jsonl.partial").read_text()) == first
+    streams = capsys.readouterr()
+    assert f"[ended early: 1 finished answers are in {out}.partial]" in streams.err and json.loads(streams.out) == first
+    assert answered(Drawing(tokenizer, "one", "two"), tokenizer, out) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.jsonl"] and len(out.read_text().splitlines()) == 2
+
+
+def test_answers_that_cannot_be_put_in_their_place_are_kept(monkeypatch, tokenizer, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(RunError, match=r"No space left on device. The answers are in .*answers.jsonl.partial"):
+        answered(Drawing(tokenizer, "one", "two"), tokenizer, tmp_path / "answers.jsonl")
+    assert len((tmp_path / "answers.jsonl.partial").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("out", "message"), [("nowhere/a.jsonl", "No such file"), (".", "Is a directory")])
+def test_where_answers_go_is_tried_before_a_model_is_loaded(capsys, monkeypatch, tmp_path, out, message):
+    monkeypatch.setattr("engram_jax.training.run_folder.load_run", None)
+    (tmp_path / "prompts").write_text("a\n")
+    assert main([str(tmp_path), "--prompts", str(tmp_path / "prompts"), "--out", str(tmp_path / out)]) == 2
+    streams = capsys.readouterr()
+    assert streams.out == "" and streams.err.startswith("error: out=") and streams.err.count("\n") == 1
+    assert message in streams.err and [file.name for file in tmp_path.iterdir()] == ["prompts"]
 
 
 def test_a_conversation_goes_on_until_the_end_of_input(capsys, monkeypatch, trained):

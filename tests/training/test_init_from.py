@@ -1,6 +1,7 @@
 """A run that begins with another's checkpoint: what it takes over, what is new, what stays frozen, what is refused."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ from engram_jax.data.tokenizer import train_tokenizer
 from engram_jax.sharding import spec
 from engram_jax.training.assembly import assemble
 from engram_jax.training.checkpoint import Checkpoints
+from engram_jax.training.errors import RunError
 from engram_jax.training.init_from import find_source, initial_state
 from engram_jax.training.loop import train
 from engram_jax.training.planner import Planner
@@ -195,6 +197,19 @@ def test_a_source_without_checkpoint_or_of_another_tokenizer_is_refused(config, 
     other = train_tokenizer(texts[:200], 300).backend
     with pytest.raises(ConfigError, match="another tokenizer"):
         begin(second_stage(config, straight.folder, model__engram__engram_compressed_vocab_size=0), other)
+
+
+def test_an_imported_source_has_no_row_used_yet_and_a_damaged_one_is_named(config, straight, tmp_path):
+    own = straight.result.text.tokenizer.backend
+    source = shutil.copytree(straight.folder, tmp_path / "source")
+    [saved] = (source / "checkpoints" / "12" / "meta").glob("metadata")
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"imported_from": "elsewhere"}))
+    _, state = begin(second_stage(config, source), own)
+    assert int(state.memory.rows_used["0"]) == 0  # its tables hold no uses, so each is counted when it is first read
+    for path in (source / "checkpoints" / "12" / "tables").rglob("*.bin"):
+        os.truncate(path, 0)
+    with pytest.raises(RunError, match=r"train.init_from=.*: its tables cannot be read .* Restore that run"):
+        begin(second_stage(config, source), own)
 
 
 def test_a_pattern_that_matches_nothing_is_named(config, tokenizer):
