@@ -65,7 +65,8 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--reserved", action="store_true", help="from your project's reservation")
     make.add_argument("--queued", action="store_true", help="wait in line, rather than fail if nothing is free now")
     make.add_argument("--slices", type=int, default=1, metavar="N", help="so many slices that train together (queued)")
-    make.add_argument("--valid-until", default="", metavar="6h", help="leave the line after so long (queued)")
+    until = "leave the line after so long (queued); what watch asks for again stays in line"
+    make.add_argument("--valid-until", default="", metavar="6h", help=until)
     make.add_argument("--run-dir", default="", metavar="gs://...", help="check that this can be written, first")
     make.add_argument("--service-account", default="", metavar="EMAIL", help="what the VMs act as; see: account")
     make.add_argument("--runtime", default="", help="image of the VMs (default: the one for the type)")
@@ -128,7 +129,8 @@ def parser() -> argparse.ArgumentParser:
 
     profile = verb("profile", "Traces a few seconds of the run on worker 0, and copies the trace here.")
     profile.add_argument("--seconds", type=int, default=5, help="how long (default: %(default)s)")
-    profile.add_argument("--to", default="profiles", metavar="DIR", help="folder for traces (default: %(default)s)")
+    below = "each trace goes into a new folder below it (default: %(default)s)"
+    profile.add_argument("--to", default="profiles", metavar="DIR", help=below)
 
     verb("stop", "Lets the run save and stop, on all workers. The slice stays, and costs.")
     delete = verb("delete", "Deletes the slice, if python -m tpu made it: says what, and asks.")

@@ -15,3 +15,7 @@ class NotMounted(CloudError):
 
 class NotFound(CloudError):
     """The resource does not exist (any more)."""
+
+
+class Deleted(NotFound):
+    """The slice that is watched: somebody else deleted it, or never made it."""

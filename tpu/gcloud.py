@@ -23,7 +23,9 @@ REMEDIES = {
     "reauth|gcloud auth login|no credentialed|active account": "First: gcloud auth login",
     "permission|forbidden|403|does not have": "Your account lacks a right; see 'Rights' in tpu/README.md.",
 }
-NOT_FOUND = re.compile(r"not_found|not found|could not find|404", re.IGNORECASE)
+# The API's status, or HTTP's where it is called one: a 404 alone may be any number, and what "could not be found"
+# may be credentials.
+NOT_FOUND = re.compile(r"\bnot_found\b|\bwas not found\b|\b(HTTPError|code|status)\W{0,2}404\b", re.IGNORECASE)
 
 
 @dataclasses.dataclass
@@ -67,7 +69,7 @@ class Gcloud:
         return self._capture(words, seconds)
 
     def hand_over(self, *arguments: str) -> int:
-        """Runs a command on the user's own terminal; returns its exit status."""
+        """Runs a command on the user's own terminal; returns its exit status, 130 after a Ctrl-C."""
         words = self.words(*arguments)
         if self.dry_run:
             self.show(words)

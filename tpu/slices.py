@@ -138,23 +138,21 @@ def find(gcloud: Gcloud, name: str) -> Slice:
 
     Raises:
       NotFound: there is neither a queued resource nor a TPU VM of that name.
+      CloudError: gcloud does not say whether there is.
     """
     if gcloud.dry_run:
         print(f"# {name} is looked up first; below it is taken for one slice that is ready")
         gcloud.read(*QUEUED, "describe", name)
         gcloud.read(*VM, "describe", name)
         return Slice(name, None, state="READY", labels={LABEL: name})
-    problem: CloudError | None = None
     try:
         found = from_queued(gcloud.read(*QUEUED, "describe", name), name)
         return _with_nodes(gcloud, found) if found.ready else found
-    except CloudError as error:
-        problem = error
+    except NotFound:  # only this: after a hitch, a queued slice's VM would pass for one that was never queued
+        pass
     try:
         return from_node(gcloud.read(*VM, "describe", name), name)
     except NotFound:
-        if not isinstance(problem, NotFound):
-            raise problem from None
         where = f" in {gcloud.zone}" if gcloud.zone else ""
         raise NotFound(f"There is no slice {name!r}{where}; python -m tpu status lists those there are.") from None
 

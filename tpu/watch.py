@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from tpu import slices, work, workers
-from tpu.errors import CloudError, NotFound, NotMounted
+from tpu.errors import CloudError, Deleted, NotFound, NotMounted
 from tpu.gcloud import Gcloud
 from tpu.slices import CHIP_MINUTES, PREEMPTIONS, Slice
 from tpu.workers import Job
@@ -37,7 +37,7 @@ class Watch:
         self.install_gcsfuse = install_gcsfuse
         self.head = workers.commit()  # every life runs the same code
         self.lost: Slice | None = None
-        """Deleted by us, and not yet there again."""
+        """What we deleted, or tried to, and is not yet there again."""
         self.launched = False
         """By us, or found running."""
         self.fresh = False
@@ -52,7 +52,7 @@ class Watch:
         """Returns 0 when the run has finished or was stopped with `stop`, 1 when it failed.
 
         Raises:
-          NotFound: the slice was deleted by hand.
+          Deleted: there is no such slice, and it was not we who deleted it.
           NotMounted: the run's bucket, five times in a row.
         """
         if self.gcloud.dry_run:
@@ -64,10 +64,8 @@ class Watch:
         while True:
             try:
                 done = self.step()
-            except NotFound as error:
-                if self.lost is None:  # deleted by hand: not to be brought back
-                    raise
-                done = self.say(f"{error} (trying again)")
+            except Deleted:  # not to be brought back
+                raise
             except NotMounted as error:
                 self.unmounted += 1
                 if self.unmounted == ATTEMPTS:  # no network's fault, and the slice costs
@@ -81,13 +79,18 @@ class Watch:
 
     def step(self) -> int | None:
         """One look, and what it calls for; an exit status when there is nothing more to do."""
-        if self.lost is not None:
+        try:
+            found = slices.find(self.gcloud, self.name)
+        except NotFound as error:  # what ssh does not find says less: a worker that is just going, or coming
+            if self.lost is None:
+                raise Deleted(str(error)) from None
             slices.create(self.gcloud, self.lost)
-            self.lost, self.fresh = None, True
+            self.is_new()
             return self.say("asked for it again")
-        found = slices.find(self.gcloud, self.name)
         if found.gone:
             return self.replace(found)
+        if self.lost is not None and found.state != "DELETING":  # asked for: gcloud failed, and the cloud did not
+            self.is_new()
         if not found.ready:
             return self.say(f"is {found.state}")
         self.seen = (found, datetime.datetime.now(datetime.UTC))
@@ -124,15 +127,19 @@ class Watch:
         return 0
 
     def replace(self, found: Slice) -> None:
-        """Deletes what is left of a preempted slice; the next step asks for it again, in the same way."""
+        """Deletes what is left of a preempted slice; a later step asks for it again, in the same way."""
         self.say(f"is {found.state} {found.why}".rstrip() + ": it is deleted and asked for again")
         spent = found.labels.get(CHIP_MINUTES, "0")
         if self.seen is not None:
             before, at = self.seen
             spent = str(round(before.chip_hours(at) * 60))
         labels = {**found.labels, CHIP_MINUTES: spent, PREEMPTIONS: str(found.preemptions + (found.state != "FAILED"))}
+        # First, for a gcloud that fails may have deleted. Should it not have, all this is done, and counted, anew.
+        self.lost = dataclasses.replace(found, labels=labels)
         slices.delete(self.gcloud, found)
-        self.lost, self.seen = dataclasses.replace(found, labels=labels), None
+
+    def is_new(self) -> None:
+        self.lost, self.seen, self.fresh = None, None, True
 
     def say(self, text: str) -> None:
         """Each piece of news once, with the time."""

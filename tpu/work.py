@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import datetime
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,15 +93,14 @@ def tunnel(gcloud: Gcloud, name: str, run_dir: str, port: int) -> int:
 
 
 def profile(gcloud: Gcloud, name: str, seconds: int, to: str) -> None:
-    """A trace of worker 0, copied here."""
+    """A trace of worker 0, copied here: each into a folder of its own, so that none replaces what is there."""
     if not 1 <= seconds <= 60:
         raise TpuError(f"--seconds {seconds}: between 1 and 60; a few steps are enough, and traces are large.")
-    found, target = ready(gcloud, name), Path(to).expanduser().absolute() / name
+    found, now = ready(gcloud, name), datetime.datetime.now(datetime.UTC)
+    target = Path(to).expanduser().absolute() / f"{name}-{now:%Y%m%dT%H%M%SZ}"
     workers.on_workers(gcloud, found, workers.profile_command(seconds), "profile", "0")
     if not gcloud.dry_run:
-        shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
     words = slices.scp(found, f"{name}:~/.engram_jax/profile", str(target), "0")
-    if status := gcloud.hand_over(*words, "--recurse"):
-        raise CloudError(f"the trace could not be copied to {target} (status {status}).")
-    print(f"Look at it: uvx --with xprof tensorboard --logdir {target.parent}", file=sys.stderr)
+    workers.hand_over(gcloud, [*words, "--recurse"], f"copying the trace to {target}")
+    print(f"Look at it: uvx --with xprof tensorboard --logdir {shlex.quote(str(target))}", file=sys.stderr)

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,25 @@ def on_workers(gcloud: Gcloud, found: Slice, command: str, doing: str, workers: 
     Raises:
       CloudError: it failed on any of them.
     """
-    if status := gcloud.hand_over(*slices.ssh(found, command, workers)):
-        raise CloudError(f"{doing} on {found.name} failed with status {status}; what it printed is above.")
+    hand_over(gcloud, slices.ssh(found, command, workers), f"{doing} on {found.name}")
 
 
 def send(gcloud: Gcloud, found: Slice, source: str, target: str) -> None:
-    if status := gcloud.hand_over(*slices.scp(found, source, f"{found.name}:{target}")):
-        raise CloudError(f"copying {source} to {found.name} failed with status {status}; what it printed is above.")
+    hand_over(gcloud, slices.scp(found, source, f"{found.name}:{target}"), f"copying {source} to {found.name}")
+
+
+def hand_over(gcloud: Gcloud, words: Sequence[str], doing: str) -> None:
+    """Runs a gcloud command on the user's own terminal.
+
+    Raises:
+      CloudError: it failed.
+      KeyboardInterrupt: Ctrl-C ended it. That ends the verb: as a CloudError, `watch` would try again.
+    """
+    status = gcloud.hand_over(*words)
+    if status == 130:
+        raise KeyboardInterrupt
+    if status:
+        raise CloudError(f"{doing} failed with status {status}; what it printed is above.")
 
 
 def commit(repository: Path = REPOSITORY) -> str:

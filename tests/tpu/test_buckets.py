@@ -154,6 +154,7 @@ def test_watch_mounts_again_and_installs_again_when_the_vm_was_recreated(cloud, 
     cloud.on(r"ssh .*--status", stdout=STATUS_MARK + '{"state": "idle"}', times=1)
     cloud.on(r"ssh .*--status", stdout=running, times=1)
     cloud.on("tpu-vm describe", stdout=json.dumps(vm(state="PREEMPTED")), times=1)
+    cloud.on("tpu-vm describe", rc=1, stderr="ERROR: NOT_FOUND: Resource was not found", times=1)
     cloud.on("tpu-vm describe", stdout=json.dumps(vm()))
     cloud.on(r"ssh .*--status", stdout=finished)
     looks = []

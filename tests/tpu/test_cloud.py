@@ -8,8 +8,8 @@ import pytest
 from tpu_fakes import queued, vm
 
 from tpu import cloud as verbs
-from tpu.errors import CloudError
-from tpu.gcloud import Gcloud
+from tpu.errors import CloudError, NotFound
+from tpu.gcloud import Gcloud, failure
 from tpu.slices import from_node, from_queued
 
 WHERE = ("--project", "my-project", "--zone", "us-west4-a")
@@ -150,6 +150,22 @@ def test_what_gcloud_says_is_passed_on_with_a_remedy(cloud, stderr, remedy):
     assert last.startswith("error: ") and remedy in last and stderr in last
 
 
+@pytest.mark.parametrize(
+    ("stderr", "is_not_found"),
+    [
+        ("ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: Resource 'projects/404/x' was not found.", True),
+        ("ERROR: ResponseError: code=404, message=Requested entity", True),
+        ("ERROR: HTTPError 404: no such thing", True),
+        ("ERROR: UNAVAILABLE: try again (projects/640412/locations/us-west4-a)", False),
+        ("ERROR: PERMISSION_DENIED: projects/404/locations/us-west4-a", False),
+        ("ERROR: Could not find credentials to refresh", False),
+        ("ssh: command not found", False),
+    ],
+)
+def test_what_is_not_there_is_told_from_what_failed(stderr, is_not_found):
+    assert isinstance(failure(stderr, 1), NotFound) == is_not_found
+
+
 def test_without_gcloud(cloud, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert cloud.run("status")[2].startswith("error: gcloud is not on the PATH")
@@ -164,7 +180,6 @@ def test_a_gcloud_that_hangs_is_given_up(cloud):
 def test_wait_through_the_queue_and_a_blip(cloud):
     cloud.has_queued(state="WAITING_FOR_RESOURCES", times=2)
     cloud.on("queued-resources describe", rc=1, stderr="ERROR: Unable to connect to the server", times=1)
-    cloud.on("tpu-vm describe", rc=1, stderr="ERROR: Unable to connect to the server", times=1)
     cloud.has_queued(state="ACTIVE")
     cloud.has_vm()
     status, _, error = cloud.run("wait", "mine", "--every", "0")
@@ -259,6 +274,16 @@ def test_delete_of_a_vm(cloud):
     cloud.has_vm()
     assert cloud.run("delete", "mine", "--yes", *WHERE)[0] == 0
     assert cloud.calls[-1] == ["compute", "tpus", "tpu-vm", "delete", "mine", "--quiet", *TAIL]
+
+
+def test_a_hitch_does_not_make_a_queued_slice_a_vm(cloud):
+    cloud.on("queued-resources describe", rc=1, stderr="ERROR: UNAVAILABLE: The service is unavailable.", times=1)
+    cloud.has_queued()
+    cloud.has_vm(queuedResource="projects/my-project/locations/us-west4-a/queuedResources/mine")
+    status, _, error = cloud.run("delete", "mine", "--yes")
+    assert status == 1 and "UNAVAILABLE" in error and not cloud.called("delete")
+    assert cloud.run("delete", "mine", "--yes")[0] == 0
+    assert cloud.calls[-1][2:6] == ["queued-resources", "delete", "mine", "--force"]
 
 
 def test_delete_refuses_what_is_not_ours(cloud):

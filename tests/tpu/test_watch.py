@@ -35,6 +35,20 @@ def describes(cloud, state: str, times: int, **more) -> None:
     cloud.on("queued-resources describe", stdout=json.dumps(queued(state=state, **more)), times=times)
 
 
+def is_preempted(cloud, times: int = 1, **more) -> None:
+    cloud.on("tpu-vm describe", stdout=json.dumps(vm(state="PREEMPTED", **more)), times=times)
+
+
+def not_there(cloud, times: int = 1) -> None:
+    """For so many looks at a VM; that there is no queued resource, the fake says by itself."""
+    cloud.on("tpu-vm describe", rc=1, stderr="ERROR: NOT_FOUND: Resource was not found", times=times)
+
+
+def labels_asked_for(cloud) -> list[str]:
+    words = [word for call in cloud.called("create") for word in call if word.startswith("--labels=")]
+    return [pair for word in words for pair in word.removeprefix("--labels=").split(",")]
+
+
 def changes(cloud) -> list[str]:
     """What was done, in order, in short."""
     words = []
@@ -58,6 +72,7 @@ def test_a_preempted_slice_comes_back_as_it_was(cloud):
     cloud.on("tpu-vm describe", stdout=json.dumps(vm()), times=1)
     says(cloud, "running")
     describes(cloud, "SUSPENDED", 1)
+    cloud.has_nothing(times=2)
     cloud.on("queued-resources create", rc=1, stderr="ERROR: no more capacity", times=1)
     describes(cloud, "WAITING_FOR_RESOURCES", 2)
     describes(cloud, "ACTIVE", 5)
@@ -84,7 +99,8 @@ def test_a_preempted_slice_comes_back_as_it_was(cloud):
 
 def test_a_preempted_vm_comes_back_too(cloud):
     spot = {"schedulingConfig": {"spot": True}}
-    cloud.on("tpu-vm describe", stdout=json.dumps(vm(state="PREEMPTED", **spot)), times=1)
+    is_preempted(cloud, **spot)
+    not_there(cloud)
     cloud.on("tpu-vm describe", stdout=json.dumps(vm(**spot)))
     cloud.on("uv sync")
     cloud.on("tpu.supervise --run-dir")
@@ -166,6 +182,68 @@ def test_what_was_deleted_by_hand_stays_deleted(cloud):
     with pytest.raises(NotFound):
         watch()
     assert changes(cloud) == []
+
+
+@pytest.mark.parametrize("lost", ["create", "delete"])
+def test_what_the_cloud_did_although_gcloud_failed_counts(cloud, lost):
+    is_preempted(cloud)
+    not_there(cloud)
+    cloud.has_vm()
+    cloud.on(f" {lost} ", rc=1, stderr="ERROR: the connection was reset", times=1)
+    cloud.on(" create ", rc=1, stderr="ERROR: ALREADY_EXISTS: Resource already exists", times=30 * (lost == "create"))
+    cloud.on("uv sync")
+    cloud.on("tpu.supervise --run-dir")
+    says(cloud, "finished")
+    assert watch()[0] == 0
+    assert changes(cloud) == ["delete", "create", "set up", "launch"]
+    assert "engram-jax-preemptions=1" in labels_asked_for(cloud)
+
+
+def test_what_is_left_is_deleted_again_and_a_preemption_counted_once(cloud):
+    is_preempted(cloud, times=2)
+    cloud.on(" delete ", rc=1, stderr="ERROR: the connection was reset", times=1)
+    cloud.on("tpu-vm describe", stdout=json.dumps(vm(state="DELETING")), times=2)
+    not_there(cloud)
+    cloud.has_vm()
+    cloud.on("uv sync")
+    cloud.on("tpu.supervise --run-dir")
+    says(cloud, "finished")
+    assert watch()[0] == 0
+    assert changes(cloud) == ["delete", "delete", "create", "set up", "launch"]
+    assert "engram-jax-preemptions=1" in labels_asked_for(cloud)
+
+
+def test_what_ssh_does_not_find_was_not_deleted_by_hand(cloud):
+    cloud.has_vm()
+    says(cloud, "running")
+    cloud.on(r"ssh .*--status", rc=1, stderr="ERROR: (gcloud.ssh) NOT_FOUND: Resource was not found", times=1)
+    says(cloud, "finished")
+    assert watch() == (0, 2)
+    assert changes(cloud) == []
+
+
+def test_a_hitch_leaves_a_queued_slice_queued(cloud):
+    cloud.on("queued-resources describe", rc=1, stderr="ERROR: UNAVAILABLE: 503", times=1)
+    describes(cloud, "ACTIVE", 1)
+    is_preempted(cloud)
+    cloud.has_nothing()
+    describes(cloud, "ACTIVE", 9)
+    cloud.has_vm()
+    cloud.on("uv sync")
+    cloud.on("tpu.supervise --run-dir")
+    says(cloud, "finished")
+    assert watch()[0] == 0
+    assert {call[2] for verb in ("delete", "create") for call in cloud.called(verb)} == {"queued-resources"}
+
+
+@pytest.mark.parametrize("at", ["uv sync", "mountpoint", "tpu.supervise --run-dir"])
+def test_ctrl_c_ends_it_whatever_it_is_at(cloud, at):
+    cloud.has_vm()
+    says(cloud, "absent")
+    cloud.on(at, rc=130)
+    cloud.on("uv sync")
+    with pytest.raises(KeyboardInterrupt):
+        watch()
 
 
 def test_what_is_not_ours_is_not_deleted(cloud, trusting):

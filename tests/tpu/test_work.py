@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -213,9 +214,30 @@ def test_profile_copies_the_trace_here(cloud, tmp_path, monkeypatch):
     cloud.on(" scp ")
     assert cloud.run("profile", "mine", "--seconds", "3", "--to", "my traces")[0] == 0
     assert json.loads((cloud.home / "engram_jax" / "argv.json").read_text()) == ["-m", "tpu.child", "--profile", "3"]
-    target = str(tmp_path / "my traces" / "mine")
-    assert cloud.calls[-1][3:] == ["scp", "mine:~/.engram_jax/profile", target, "--worker=0", "--recurse"]
+    *words, target, worker_0, recurse = cloud.calls[-1][3:]
+    assert [*words, worker_0, recurse] == ["scp", "mine:~/.engram_jax/profile", "--worker=0", "--recurse"]
+    assert Path(target).parent == tmp_path / "my traces" and re.fullmatch(r"mine-\d{8}T\d{6}Z", Path(target).name)
     assert cloud.run("profile", "mine", "--seconds", "600")[0] == 2
+
+
+def test_profile_leaves_alone_what_has_the_slices_name(cloud, tmp_path):
+    worker(cloud, RECORD)
+    cloud.has_vm()
+    cloud.on(" scp ")
+    run = tmp_path / "runs" / "mine" / "metrics.jsonl"
+    run.parent.mkdir(parents=True)
+    run.write_text("{}\n")
+    assert cloud.run("profile", "mine", "--to", str(tmp_path / "runs"))[0] == 0
+    assert run.read_text() == "{}\n" and str(run.parent) not in cloud.calls[-1]
+
+
+@pytest.mark.parametrize("verb", ["setup", "profile", "stop"])
+def test_ctrl_c_is_no_failure(cloud, tmp_path, verb):
+    cloud.has_vm()
+    cloud.on(r" scp |--stop|uv sync", rc=130)
+    cloud.on("--profile")
+    status, _, error = cloud.run(verb, "mine", *(["--to", str(tmp_path)] if verb == "profile" else []))
+    assert status == 130 and "error" not in error
 
 
 @pytest.mark.parametrize(

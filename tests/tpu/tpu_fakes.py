@@ -70,6 +70,11 @@ class Cloud:
         answer = queued(name, state, count, **node)
         self.on(rf"queued-resources describe {name} ", stdout=json.dumps(answer), **({"times": times} if times else {}))
 
+    def has_nothing(self, name: str = "mine", times: int = 1) -> None:
+        """For so many looks: as a queued resource, then as a VM."""
+        answer = {"rc": 1, "stderr": f"ERROR: (gcloud.describe) NOT_FOUND: Resource '{name}' was not found."}
+        self.on(rf"(queued-resources|tpu-vm) describe {name} ", times=2 * times, **answer)
+
 
 def vm(name: str = "mine", **fields: Any) -> dict[str, Any]:
     """As `gcloud compute tpus tpu-vm describe --format=json` has it."""
