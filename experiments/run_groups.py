@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,9 +32,9 @@ class Run:
     @classmethod
     def load(cls, path: Path) -> Run:
         """Raises `ConfigError` if a file is missing or not what a run writes."""
-        require(path.is_dir(), f"{path} is not a folder.")
-        require((path / "config.json").is_file(), f"{path} is not a run: it has no config.json.")
-        require((path / "tokenizer.json").is_file(), f"{path} has no tokenizer.json: copy the run's whole folder.")
+        require(os.path.isdir(path), f"{path} is not a folder.")
+        require(os.path.isfile(path / "config.json"), f"{path} is not a run: it has no config.json.")
+        require(os.path.isfile(path / "tokenizer.json"), f"{path} has no tokenizer.json: copy the run's whole folder.")
         try:
             config = from_dict(RunConfig, json.loads((path / "config.json").read_text()))
             metrics = read_metrics(path)

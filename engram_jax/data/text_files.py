@@ -13,6 +13,7 @@ import difflib
 import glob
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -41,9 +42,9 @@ def find_text_files(pattern: str) -> list[Path]:
       ConfigError: nothing there (names the nearest existing folder), or no file with a known suffix.
     """
     path = Path(pattern).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # False, not an error, below a folder that one may not enter
         found = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-    elif path.is_file():
+    elif os.path.isfile(path):
         found = [path]
     else:
         found = [Path(p) for p in glob.glob(str(path), recursive=True)]
@@ -155,8 +156,12 @@ def _pieces(lines: Iterable[str]) -> Iterator[str]:
 
 def _not_found(path: Path) -> str:
     """Says what exists nearest to `path`."""
-    folder = next(p for p in path.absolute().parents if p.is_dir())
+    folder = next(p for p in path.absolute().parents if os.path.isdir(p))
     wanted = path.absolute().relative_to(folder).parts[0]
-    near = difflib.get_close_matches(wanted, [p.name for p in folder.iterdir()], n=1, cutoff=0.5)
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        return f"{folder} cannot be read ({error.strerror}): give a folder that you may read."
+    near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r} there?" if near else f", which has no {wanted!r}."
     return f"no such file, folder or glob. The nearest existing folder is {folder}{hint}"

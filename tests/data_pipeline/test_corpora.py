@@ -271,6 +271,15 @@ def test_a_misspelt_kind_is_corrected():
         read("pyhton")
 
 
+def test_a_folder_that_one_may_not_enter_is_named(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", forbidden)  # tests may run as root, who may enter all
+    with pytest.raises(ConfigError, match=r"cannot be read \(Permission denied\): give a folder that you may read"):
+        read(tmp_path / "books")
+
+
 def test_a_glob_is_no_misspelt_kind(tmp_path, monkeypatch):
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "a.py").write_text("x = 1")
