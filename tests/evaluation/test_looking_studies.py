@@ -272,7 +272,8 @@ def test_runs_of_different_texts_are_refused(runs, run_dir, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "tokenizer.json").write_bytes((run_dir / "tokenizer.json").read_bytes())
-    (other / "result.json").write_text(json.dumps({"corpus_sha256": "another"}))
+    result = {"corpus_sha256": "another", "loss": 4.0, "bits_per_byte": 2.0}
+    (other / "result.json").write_text(json.dumps(result))
     for study in (knock_out, frequency, gates):
         with pytest.raises(RunError, match="different texts"):
             study.analyse([runs[0], FinishedRun("engram", 0, other)], tmp_path)

@@ -33,7 +33,7 @@ def replayed(line):
     """The run that a printed `python -m experiments.run` line trains."""
     words = shlex.split(line)
     assert words[:3] == ["python", "-m", "experiments.run"]
-    rest, where = run_command._take_slice(words[4:])
+    rest, where = run_command.take_slice(words[4:])
     return run_command.parse(where(build(words[3])), rest).config
 
 
