@@ -24,7 +24,7 @@ from benchmarks.common import header
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, RunConfig, replace
 from engram_jax.inference.engine import Engine
 from engram_jax.inference.sampling import Sampling
-from engram_jax.training.assembly import assemble
+from engram_jax.runs.parts import assemble
 
 SIZES = {"cpu": (256, 6, 1024), "gpu": (2048, 24, 5632)}
 """Hidden size, blocks and feed-forward width: 7 M and 1.2 B parameters without embeddings."""

@@ -27,8 +27,9 @@ from benchmarks.common import header
 from engram_jax.config import EngramConfig, ModelConfig
 from engram_jax.layers.engram import EngramReader
 from engram_jax.memory.compression import TokenMap
+from engram_jax.memory.description import MemoryState
 from engram_jax.memory.row_optimizers import CatchUpAdam, DenseAdam
-from engram_jax.memory.store import MemoryState, MemoryStore
+from engram_jax.memory.store import MemoryStore
 
 B, T, VOCAB = 8, 512, 100_000
 RATES = np.full(1000, 1e-3)

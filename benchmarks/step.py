@@ -13,11 +13,11 @@ import tyro
 from benchmarks.common import header
 from benchmarks.memory import rounds
 from engram_jax.data.loader import load_data, train_batches
-from engram_jax.training.assembly import assemble
+from engram_jax.runs.parts import assemble
 from engram_jax.training.feed import Feed
 from engram_jax.training.planner import Planner
 from engram_jax.training.step import make_train_step
-from experiments.registry import build
+from experiments.runs.registry import build
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ class StoreStep:
     def __init__(self, num_rows: int, placement: str, mesh: Any, batches: list, grads: Any):
         import jax
 
-        from engram_jax.memory.store import MemoryState
+        from engram_jax.memory.description import MemoryState
         from engram_jax.training.planner import Planner
 
         self.store = make_store(num_rows, placement, mesh.size)
@@ -148,7 +148,7 @@ class StoreStep:
     def __call__(self) -> Any:
         from dataclasses import replace
 
-        from engram_jax.memory import outside
+        from engram_jax.memory import numpy_tables
 
         plan = self.planner(next(self.batches))
         if self.inside:
@@ -156,7 +156,7 @@ class StoreStep:
             return self.state
         held = self.store.load(self.state, plan)
         state, moved = self.step(replace(self.state, tables={}), plan, self.grads, held)
-        outside.save(self.store, self.state.tables, plan, moved)
+        numpy_tables.save(self.store, self.state.tables, plan, moved)
         self.state = replace(state, tables=self.state.tables)
         return moved
 
@@ -217,7 +217,6 @@ def read_ahead(options: Options, mesh: Any, batches: list, grads: Any) -> None:
     import jax
     import jax.numpy as jnp
 
-    from engram_jax.memory import outside
     from engram_jax.training.planner import PlannedBatches, Planner
 
     store = make_store(max(options.rows), "numpy", mesh.size)
@@ -231,9 +230,11 @@ def read_ahead(options: Options, mesh: Any, batches: list, grads: Any) -> None:
         summed = store.reduce(plan, {"0": grads + 1e-6 * rows["0"] + 1e-20 * work[0, 0]})
         return store.advance(held, plan, summed, 1)
 
+    from engram_jax.memory.row_carrier import RowCarrier
+
     def steps(reads_ahead: bool) -> Iterator[None]:
         planned = PlannedBatches(itertools.cycle(batches), Planner(store, log=lambda _: None))
-        with contextlib.closing(outside.Carrier(store, reads_ahead)) as carrier:
+        with contextlib.closing(RowCarrier(store, reads_ahead)) as carrier:
             while True:
                 _, plan = planned.current
                 held = carrier.load(tables, plan)

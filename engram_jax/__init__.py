@@ -1,3 +1,3 @@
 """engram_jax: conditional memory (Engram) beside Mixture-of-Experts, in JAX and Flax."""
 
-__version__ = "0.1.0"
+from engram_jax.version import __version__ as __version__

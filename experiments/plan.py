@@ -11,7 +11,7 @@
   --json            the plan as JSON, configs included
   --corpus PATH --tokenizer FILE --run_dir gs://BUCKET/FOLDER   go into the commands, which otherwise name variables
 
-  The rules' ratios; the defaults are the paper's (experiments/scaling.py, docs/scaling.md):
+  The rules' ratios; the defaults are the paper's (experiments/runs/scaling.py, docs/scaling.md):
   --tokens_per_parameter 103   tokens / active parameters
   --sparsity 10                total / active parameters
   --rho 0.775                  the experts' share of the sparse parameters, beside a memory
@@ -31,14 +31,14 @@ from typing import Any
 import tyro
 
 from engram_jax.aot.chips import Topology, topology
+from engram_jax.aot.slices import laid_out
+from engram_jax.commands.command_line import exit_status, field_paths, parsed
 from engram_jax.config import RunConfig, require, to_dict
 from engram_jax.counts import parameters, sparse_parameters
-from experiments import scaling
-from experiments.command_line import exit_status, field_paths, parsed
-from experiments.compile import FITS, TOO_LARGE, Compile, compile_report, needed
-from experiments.estimates import SHORTEST_STEP, Needs, needs
-from experiments.launch import commands
-from experiments.slices import laid_out
+from experiments.pods.compile_report import FITS, TOO_LARGE, Compile, compile_report, needed
+from experiments.pods.estimates import SHORTEST_STEP, Needs, needs
+from experiments.pods.launch import commands
+from experiments.runs import scaling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,17 +24,16 @@ from typing import Annotated
 
 import tyro
 
-from engram_jax.config import RunConfig, require
-from engram_jax.training.errors import FINISHED
-from experiments.command_line import exit_status, field_paths, parsed
-from experiments.registry import nearest
+from engram_jax.commands.command_line import exit_status, field_paths, parsed
+from engram_jax.config import RunConfig, nearest, require
+from engram_jax.errors import FINISHED
 from experiments.studies import STUDIES
-from experiments.studies.analysed import write_analysis
-from experiments.studies.corpus import check_corpus
-from experiments.studies.declared import Point, Study, by_series
-from experiments.studies.execute import agree_on_plan, execute, has_plan, is_finished, run_dir
-from experiments.studies.known import Known, known_runs
-from experiments.studies.report import budget_table, write_report
+from experiments.studies.engine.analysis_report import write_analysis
+from experiments.studies.engine.corpus import check_corpus
+from experiments.studies.engine.declared import Point, Study, by_series
+from experiments.studies.engine.execute import agree_on_plan, execute, has_plan, is_finished, run_dir
+from experiments.studies.engine.finished_runs import FinishedRuns, runs_from_files
+from experiments.studies.engine.report import budget_table, write_report
 
 SEEDS = 3
 
@@ -59,7 +58,7 @@ class Options:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Does what the command line says; returns the exit status (training/errors.py). Errors are one line each."""
+    """Does what the command line says; returns the exit status (errors.py). Errors are one line each."""
     return exit_status(lambda: run(list(arguments)))
 
 
@@ -86,7 +85,7 @@ def run(arguments: list[str]) -> int:
             file.resolve() != (study_dir / "results.jsonl").resolve(),
             f"--results {file}: this study writes its own numbers there. Copy it elsewhere first.",
         )
-    known = known_runs(options.results, points, options.seeds if options.seeds or options.report_only else SEEDS)
+    known = runs_from_files(options.results, points, options.seeds if options.seeds or options.report_only else SEEDS)
     seeds = options.seeds or (seeds_there(study_dir, points, known) if options.report_only else SEEDS)
     if options.print:
         print(_plan(study, points, seeds, study_dir, known))
@@ -111,7 +110,7 @@ def run(arguments: list[str]) -> int:
     return FINISHED
 
 
-def seeds_there(study_dir: Path, points: Sequence[Point], known: Known) -> int:
+def seeds_there(study_dir: Path, points: Sequence[Point], known: FinishedRuns) -> int:
     """The number of seeds that takes in every run that is finished or known."""
     names = {point.name for point in points}
     runs = [folder.name.rpartition("-seed") for folder in (study_dir / "runs").glob("*-seed*") if is_finished(folder)]
@@ -162,8 +161,8 @@ def parse(study: Study, arguments: Sequence[str]) -> Options:
 
 
 def train(config: RunConfig, folder: Path) -> int:
+    from engram_jax.commands.command_line import keep_compiled_programs
     from engram_jax.training import loop
-    from experiments.command_line import keep_compiled_programs
 
     keep_compiled_programs(config)
     return loop.train(config, folder).status
@@ -173,7 +172,7 @@ def log(line: str) -> None:
     print(line, flush=True)
 
 
-def _plan(study: Study, points: Sequence[Point], seeds: int, study_dir: Path, known: Known) -> str:
+def _plan(study: Study, points: Sequence[Point], seeds: int, study_dir: Path, known: FinishedRuns) -> str:
     folders = [run_dir(study_dir, point, seed) for seed in range(seeds) for point in points]
     finished = sum(map(is_finished, folders))
     elsewhere = f" {len(known)} are known from --results." if known else ""

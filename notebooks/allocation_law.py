@@ -86,11 +86,11 @@ corpus = os.environ.get("ENGRAM_NB_TEXT", "python")
 # %%
 from engram_jax.config import replace
 from engram_jax.data.loader import load_data
-from experiments.runs import moe_tiny
-from experiments.studies.allocation import ALLOCATION, with_heads
-from experiments.studies.declared import prove
-from experiments.studies.report import budget_table
-from experiments.twins import active_width
+from experiments.runs.sizes import moe_tiny
+from experiments.studies.trained.allocation import ALLOCATION, with_heads
+from experiments.studies.engine.declared import prove
+from experiments.studies.engine.report import budget_table
+from experiments.runs.twins import active_width
 
 steps = int(os.environ.get("ENGRAM_NB_STEPS", 100))
 seeds = int(os.environ.get("ENGRAM_NB_SEEDS", 2))
@@ -146,8 +146,8 @@ display(Markdown("\n".join(budget_table(study, points))))
 
 # %%
 from engram_jax.training.loop import train
-from experiments.command_line import keep_compiled_programs
-from experiments.studies.execute import agree_on_plan, execute
+from engram_jax.commands.command_line import keep_compiled_programs
+from experiments.studies.engine.execute import agree_on_plan, execute
 
 study_dir = Path(tempfile.mkdtemp(prefix="engram_")) / "allocation"
 
@@ -177,7 +177,7 @@ status = execute(study_dir, points, seeds, train_quietly, print)
 # sentence when it says that the points do not follow the parabola: then its lowest point is that of the parabola only.
 
 # %%
-from experiments.studies.report import write_report
+from experiments.studies.engine.report import write_report
 
 report = write_report(study, points, seeds, study_dir)
 display(Image(filename=str(study_dir / "study.png"), width=1000))

@@ -64,7 +64,7 @@ print(jax.devices())
 # %%
 from engram_jax.config import replace
 from engram_jax.training.loop import train
-from experiments.registry import build
+from experiments.runs.registry import build
 
 steps = int(os.environ.get("ENGRAM_NB_STEPS", 250))
 run = replace(
@@ -292,9 +292,9 @@ plot_gates(*token_gates(result.parts, result.state, tokenizer, sentence))
 
 # %%
 from engram_jax.evaluation.knock_out import forget_rows, scale_memory
-from engram_jax.evaluation.under_test import UnderTest
+from engram_jax.evaluation.evaluated_run import EvaluatedRun
 
-model = UnderTest(run.name, result.parts, result.state, tokenizer, run_dir)
+model = EvaluatedRun(run.name, result.parts, result.state, tokenizer, run_dir)
 
 
 def losses(state):

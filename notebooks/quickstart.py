@@ -88,7 +88,7 @@ print(jax.devices())
 
 # %%
 from engram_jax.config import replace
-from experiments.registry import build
+from experiments.runs.registry import build
 
 steps = int(os.environ.get("ENGRAM_NB_STEPS", 150))
 run = replace(

@@ -24,7 +24,7 @@ from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS, bytes_per_row
 from engram_jax.memory.store import MemoryStore
 from engram_jax.model import Model, split
 from engram_jax.optimizers.groups import make_optimizer
-from experiments.registry import RUNS, build
+from experiments.runs.registry import RUNS, build
 
 TINY = ModelConfig(
     vocab_size=50,

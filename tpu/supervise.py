@@ -33,7 +33,7 @@ from typing import IO, Any
 
 from tpu import STATUS_MARK
 
-# engram_jax/training/errors.py, whose import would cost the supervisor its independence.
+# engram_jax/errors.py, whose import would cost the supervisor its independence.
 FINISHED, FAILED, MISTAKEN, TERMINATED, INTERRUPTED = 0, 1, 2, 75, 130
 
 

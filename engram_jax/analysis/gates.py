@@ -19,10 +19,10 @@ from matplotlib.image import AxesImage
 from engram_jax.config import require
 from engram_jax.data.tokenizer import Tokenizer
 from engram_jax.layers.engram import RecordingReader
-from engram_jax.memory.store import MemoryRows
+from engram_jax.memory.description import MemoryRows
+from engram_jax.runs.parts import Parts
+from engram_jax.runs.state import TrainState
 from engram_jax.sharding import spec
-from engram_jax.training.assembly import Parts
-from engram_jax.training.state import TrainState
 
 COLOR_MAP = "cividis"  # read alike with and without colour vision, and dark to light
 LENGTH_MULTIPLE = 64  # texts of similar length share a compilation

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import require
-from engram_jax.evaluation.under_test import UnderTest, padded_length
+from engram_jax.evaluation.evaluated_run import EvaluatedRun, padded_length
 from engram_jax.model import Model, segments
+from engram_jax.runs.parts import Parts
+from engram_jax.runs.state import TrainState
 from engram_jax.sharding import placed
-from engram_jax.training.assembly import Parts
-from engram_jax.training.state import TrainState
 
 
 def layer_states(
@@ -59,7 +59,7 @@ class StateBatch(NamedTuple):
     states_LBTD: jax.Array
 
 
-def state_batches(model: UnderTest, sequences: Sequence[np.ndarray]) -> Iterator[StateBatch]:
+def state_batches(model: EvaluatedRun, sequences: Sequence[np.ndarray]) -> Iterator[StateBatch]:
     """`layer_states` of sequences of ids, each of which begins within one document: as many at a time as are scored.
 
     All are padded to one length, so one program is compiled.
@@ -89,7 +89,7 @@ def _states(parts: Parts, state: TrainState, tokens_BT: jax.Array, segment_ids_B
     return placed(states_LBTD, None, "batch", None, None)
 
 
-def states_at(model: UnderTest, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray]) -> np.ndarray:
+def states_at(model: EvaluatedRun, sequences: Sequence[np.ndarray], positions: Sequence[np.ndarray]) -> np.ndarray:
     """The states of chosen tokens, `positions[i]` of sequence i, one after the other: float32 [L, N, D]."""
     found = []
     for first, _, states_LBTD in state_batches(model, sequences):

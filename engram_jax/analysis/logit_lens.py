@@ -23,11 +23,11 @@ from matplotlib.ticker import MaxNLocator
 
 from engram_jax.analysis.hidden_states import state_batches
 from engram_jax.config import require
+from engram_jax.evaluation.evaluated_run import EvaluatedRun, chunk_length
 from engram_jax.evaluation.statistics import Metric, ratio
-from engram_jax.evaluation.under_test import UnderTest, chunk_length
+from engram_jax.runs.parts import Parts
+from engram_jax.runs.state import TrainState
 from engram_jax.sharding import placed
-from engram_jax.training.assembly import Parts
-from engram_jax.training.state import TrainState
 
 DIRECTIONS = ("final||layer", "layer||final")
 STYLES = tuple(zip(("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), "osD^vP", strict=True))
@@ -40,7 +40,7 @@ def divergences(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 
 def logit_lens(
-    model: UnderTest, sequences: Sequence[np.ndarray], documents: Sequence[int] | None = None
+    model: EvaluatedRun, sequences: Sequence[np.ndarray], documents: Sequence[int] | None = None
 ) -> dict[str, list[Metric]]:
     """Mean divergence over the positions that predict an id of their sequence, by direction: an entry for the embedding
     and each block, the last of them 0.

@@ -16,12 +16,12 @@ import numpy as np
 
 from engram_jax.analysis.gates import recorded_gates
 from engram_jax.config import require
+from engram_jax.evaluation.evaluated_run import EvaluatedRun, padded_length
 from engram_jax.evaluation.knock_out import scale_memory
-from engram_jax.evaluation.under_test import UnderTest, padded_length
 from engram_jax.memory import routing
+from engram_jax.runs.parts import Parts
+from engram_jax.runs.state import TrainState
 from engram_jax.sharding import placed
-from engram_jax.training.assembly import Parts
-from engram_jax.training.state import TrainState
 
 
 class Lookup(NamedTuple):
@@ -36,8 +36,8 @@ class Lookup(NamedTuple):
     if the rows' optimizer does not keep the step (or the tables were imported without optimizer)."""
 
 
-def look_up(model: UnderTest, sequences: Sequence[np.ndarray]) -> list[Lookup]:
-    """The lookups of documents, or pieces of them, as `UnderTest.score` takes them; in the order given.
+def look_up(model: EvaluatedRun, sequences: Sequence[np.ndarray]) -> list[Lookup]:
+    """The lookups of documents, or pieces of them, as `EvaluatedRun.score` takes them; in the order given.
 
     Raises:
       ConfigError: the model has no memory.
@@ -69,24 +69,24 @@ def look_up(model: UnderTest, sequences: Sequence[np.ndarray]) -> list[Lookup]:
 def _lookups(parts: Parts, state: TrainState, tokens_BT: jax.Array, segment_ids_BT: jax.Array) -> tuple[dict, ...]:
     store = parts.store
     plan = store.plan(tokens_BT, segment_ids_BT)
-    held = store.load(state.memory, plan)
-    gates = recorded_gates(parts, state, store.rows(held, plan, state.step), tokens_BT, segment_ids_BT)
+    loaded = store.load(state.memory, plan)
+    gates = recorded_gates(parts, state, store.rows(loaded, plan, state.step), tokens_BT, segment_ids_BT)
 
     def by_order(numbers: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """One number for each held row -> [B, T, O, K], whole on every device."""
+        """One number for each loaded row -> [B, T, O, K], whole on every device."""
         sent = routing.send_rows({layer: x[:, None] for layer, x in numbers.items()}, plan, store.transport)
         shape = (*tokens_BT.shape, -1, store.config.engram_n_heads)
         return {layer: placed(x, None, None, None, None)[..., 0].reshape(shape) for layer, x in sent.items()}
 
-    uses = by_order({layer: rows.uses.astype(jnp.float32) for layer, rows in held.items()})
-    kept = {layer: rows.slots["last_step"] for layer, rows in held.items() if "last_step" in rows.slots}
+    uses = by_order({layer: rows.uses.astype(jnp.float32) for layer, rows in loaded.items()})
+    kept = {layer: rows.slots["last_step"] for layer, rows in loaded.items() if "last_step" in rows.slots}
     waited = {layer: (state.step - last_U).astype(jnp.float32) for layer, last_U in kept.items()}
     ages = by_order(waited) if waited else {}
     ages = {la: jnp.nanmean(jnp.where(uses[la] > 0, age, jnp.nan), axis=-1) for la, age in ages.items()}
     return gates, {layer: jnp.mean(x, axis=-1) for layer, x in uses.items()}, ages
 
 
-def with_memory(model: UnderTest, scales: dict[int, float]) -> UnderTest:
+def with_memory(model: EvaluatedRun, scales: dict[int, float]) -> EvaluatedRun:
     """The same run with its memory scaled (evaluation/knock_out.py), without reading it again."""
     with jax.set_mesh(model.parts.mesh):
         state = scale_memory(model.state, scales)

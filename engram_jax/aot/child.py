@@ -18,7 +18,7 @@ from typing import Any
 
 from engram_jax.aot.chips import Topology, topology
 from engram_jax.config import ConfigError, RunConfig, from_dict, to_dict
-from engram_jax.training.errors import RunError
+from engram_jax.errors import RunError
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # the topology's chips are described, never opened

@@ -26,13 +26,13 @@ from engram_jax.config import RunConfig
 from engram_jax.inference.cache import Cache, new_cache
 from engram_jax.inference.engine import check_decodes, next_logits
 from engram_jax.inference.served import Served, served
+from engram_jax.memory.description import LoadedRows, MemoryPlan
 from engram_jax.memory.plan import capacity
 from engram_jax.memory.routing import safe_capacity
-from engram_jax.memory.store import Held, MemoryPlan
+from engram_jax.runs.parts import Parts, assemble
+from engram_jax.runs.state import Batch, TrainState
 from engram_jax.sharding import BATCH, spec
-from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.planner import Planner
-from engram_jax.training.state import Batch, TrainState
 from engram_jax.training.step import make_eval_step, make_train_step
 from engram_jax.training.stepper import reads_ahead
 
@@ -48,11 +48,11 @@ class Arguments:
     state: TrainState
     batch: Batch
     plan: MemoryPlan
-    held: Held | None
+    loaded: LoadedRows | None
     """Rows read before the step: the next batch's are read in it, or the tables lie outside the program."""
 
     def named(self) -> dict[str, Any]:
-        return {"state": self.state, "batch": self.batch, "plan": self.plan, "held": self.held}
+        return {"state": self.state, "batch": self.batch, "plan": self.plan, "loaded": self.loaded}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +95,10 @@ def arguments(parts: Parts) -> Arguments:
     plan = on_chips(jax.eval_shape(Planner(store).start, batch))
     state = parts.abstract_state()
     if not store.placement.in_program:
-        held = {layer: jax.eval_shape(store.new_rows, _rows(parts, layer, plan)) for layer in store.layers}
+        loaded = {layer: jax.eval_shape(store.new_rows, _rows(parts, layer, plan)) for layer in store.layers}
         by_owner = NamedSharding(parts.mesh, jax.P(parts.mesh.axis_names))
-        held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_owner), held)
-        return Arguments(state, batch, plan, held)
+        loaded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_owner), loaded)
+        return Arguments(state, batch, plan, loaded)
 
     def at_rest(rest: Any, part: Any) -> Any:
         """A part of a table where it lies; None: on the device, like anything else."""
@@ -109,8 +109,8 @@ def arguments(parts: Parts) -> Arguments:
         for layer, table in store.abstract_state().tables.items()
     }
     state = replace(state, memory=replace(state.memory, tables=tables))
-    held = on_chips(jax.eval_shape(store.load, state.memory, plan)) if store.layers and reads_ahead(parts) else None
-    return Arguments(state, batch, plan, held)
+    loaded = on_chips(jax.eval_shape(store.load, state.memory, plan)) if store.layers and reads_ahead(parts) else None
+    return Arguments(state, batch, plan, loaded)
 
 
 def decode_arguments(parts: Parts, given: Arguments) -> DecodeArguments:
@@ -164,11 +164,11 @@ def lower(program: str, parts: Parts, given: Arguments | DecodeArguments) -> jax
         return next_logits.lower(parts, given.served, given.cache, *new)
     if program == "train":
         step: Any = make_train_step(parts)
-        if given.held is None:
+        if given.loaded is None:
             return step.lower(given.state, given.batch, given.plan)
         following = given.plan if parts.store.placement.in_program else None
-        return step.lower(given.state, given.batch, given.plan, given.held, following)
-    outside = None if parts.store.placement.in_program else given.held
+        return step.lower(given.state, given.batch, given.plan, given.loaded, following)
+    outside = None if parts.store.placement.in_program else given.loaded
     return make_eval_step(parts).lower(given.state, given.batch, given.plan, outside)  # type: ignore[attr-defined]
 
 

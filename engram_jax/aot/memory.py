@@ -16,7 +16,7 @@ from engram_jax.aot import hlo
 from engram_jax.aot.chips import Topology
 from engram_jax.aot.lowering import Compiled
 from engram_jax.aot.shapes import HBM, HOST
-from engram_jax.training.assembly import Parts
+from engram_jax.runs.parts import Parts
 
 ARGUMENTS = {
     "state.params": "params",
@@ -26,7 +26,7 @@ ARGUMENTS = {
     "batch": "batch and plan",
     "plan": "batch and plan",
     "next_plan": "batch and plan",
-    "held": "rows read ahead",
+    "loaded": "rows read ahead",
     "served.params": "params",
     "served.memory.tables": "memory table",
     "served": "other state",

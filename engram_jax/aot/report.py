@@ -21,7 +21,7 @@ from engram_jax.aot.lowering import DECODE, Arguments, Compiled, DecodeArguments
 from engram_jax.aot.memory import argument_groups, hbm, host, largest_buffers
 from engram_jax.aot.work import Work, work
 from engram_jax.counts import flops_per_token
-from engram_jax.training.assembly import Parts
+from engram_jax.runs.parts import Parts
 
 LONG_LOOP = 1000
 """Rounds from which a loop is worth a line: a gather that became one is run row by row."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -25,3 +27,9 @@ def check_literals(config: Any) -> None:
             allowed = get_args(hint)
             wrong = [v for v in values if v not in allowed]
             require(not wrong, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`; the nearest is 'x'`, or nothing if none of the choices is close."""
+    near = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; the nearest is {near[0]!r}" if near else ""

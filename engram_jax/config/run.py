@@ -125,13 +125,13 @@ class MemoryConfig:
     """tiered: steps between exchanges of hot against cold rows (0: never)."""
     mmap_dir: str = ""
     """numpy: folder for memory-mapped tables. Empty: in memory."""
-    sight_every: int = 100
+    monitor_every: int = 100
     """Steps between looks into the memory: gates, collisions, staleness, hit rate (0: none)."""
 
     def __post_init__(self):
         check_literals(self)
         require(0 < self.hot_rows <= 1, f"memory.hot_rows={self.hot_rows} must lie in (0, 1].")
-        for name in ("promote_every", "sight_every"):
+        for name in ("promote_every", "monitor_every"):
             require(getattr(self, name) >= 0, f"memory.{name}={getattr(self, name)} must be 0 or positive.")
         require(
             not self.mmap_dir or self.placement == "numpy",

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engram_jax.config import ConfigError, require
-from engram_jax.evaluation.frequency import BUCKETS, NgramCounts, bucket_names
+from engram_jax.data.ngram_frequency import BUCKETS, NgramCounts, bucket_names
 from engram_jax.evaluation.statistics import ratio
 from engram_jax.evaluation.tasks import Result, Shared, register
 
 if TYPE_CHECKING:
     from engram_jax.evaluation.documents import OwnText
-    from engram_jax.evaluation.under_test import Scored, UnderTest
+    from engram_jax.evaluation.evaluated_run import EvaluatedRun, Scored
 
 
 @register("perplexity")
@@ -36,7 +36,7 @@ class Perplexity:
             value = getattr(self, name)
             require(value >= 0, f"perplexity.{name}={value} must be 0 or positive.")
 
-    def __call__(self, model: UnderTest, shared: Shared, argument: str = "") -> Result:
+    def __call__(self, model: EvaluatedRun, shared: Shared, argument: str = "") -> Result:
         from engram_jax.evaluation.documents import Fingerprint, OwnText, open_documents
         from engram_jax.evaluation.windows import score_documents
 
@@ -56,7 +56,7 @@ class Perplexity:
         result = tally.result()
         return Result(result.metrics, settings | result.details | {"documents_sha256": scored_tokens.hexdigest()})
 
-    def _counts(self, model: UnderTest, own: OwnText) -> NgramCounts | None:
+    def _counts(self, model: EvaluatedRun, own: OwnText) -> NgramCounts | None:
         if not self.ngram_order:
             return None
         try:

@@ -15,8 +15,8 @@ from engram_jax.data.corpora import Corpus
 from engram_jax.data.loader import TextData, load_data
 from engram_jax.data.mixture import chained, open_sources
 from engram_jax.data.packing import TokenStream
+from engram_jax.evaluation.evaluated_run import EvaluatedRun
 from engram_jax.evaluation.tasks import Shared
-from engram_jax.evaluation.under_test import UnderTest
 
 ENCODED_AT_A_TIME = 64
 
@@ -27,7 +27,7 @@ class Documents:
 
     name: str
     """`held out of python`, or the corpus as given."""
-    model: UnderTest
+    model: EvaluatedRun
     source: TokenStream | Corpus
     limit: int = 0
 
@@ -62,7 +62,7 @@ class Documents:
 class OwnText:
     """The corpus a run was trained on, opened when it is first asked for."""
 
-    model: UnderTest
+    model: EvaluatedRun
 
     @cached_property
     def data(self) -> TextData:
@@ -89,7 +89,7 @@ class OwnText:
         return text
 
 
-def open_documents(model: UnderTest, shared: Shared, own: OwnText) -> Documents:
+def open_documents(model: EvaluatedRun, shared: Shared, own: OwnText) -> Documents:
     """`shared.corpus`, or the run's own held-out documents.
 
     Raises:

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import EngramConfig, require
-from engram_jax.memory.store import MemoryState, MemoryStore
+from engram_jax.memory.description import MemoryState
+from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableState
 from engram_jax.sharding import placed, spec
 
 if TYPE_CHECKING:
-    from engram_jax.training.state import TrainState
+    from engram_jax.runs.state import TrainState
 
 ROW_PROJECTIONS = ("key_value_emd", "key_value_bias_md", "slice_hed")
 """Of a reader: all that its rows pass through first."""
@@ -92,7 +93,7 @@ def _forget(
         {name: ids_BTH if name == layer else _any_rows(store, name, ids_BTH) for name in store.layers}
     )
     plan = {layer: plan[layer]}
-    held = store.load(memory, plan)[layer]
+    loaded = store.load(memory, plan)[layer]
     # What is said of a lookup reaches its row as gradients do.
     said_BTHD = jnp.broadcast_to(
         is_chosen_BTH.astype(jnp.float32)[..., None],
@@ -101,16 +102,16 @@ def _forget(
     )
     said_UD = store.reduce(plan, {layer: said_BTHD})[layer]
 
-    def local(held: TableState, said_UD: jax.Array) -> TableState:
+    def local(loaded: TableState, said_UD: jax.Array) -> TableState:
         is_chosen_U = said_UD[:, 0] > 0
 
         def zeroed(x_U: jax.Array) -> jax.Array:
             return jnp.where(is_chosen_U.reshape(-1, *[1] * (x_U.ndim - 1)), jnp.zeros_like(x_U), x_U)
 
         # With its optimizer rows: catch-up would move a zero row on by the momentum it had.
-        return replace(held, rows=zeroed(held.rows), slots=jax.tree.map(zeroed, held.slots))
+        return replace(loaded, rows=zeroed(loaded.rows), slots=jax.tree.map(zeroed, loaded.slots))
 
-    saved = store.save(memory, plan, {layer: store.on_shards(local, held, said_UD)})
+    saved = store.save(memory, plan, {layer: store.on_shards(local, loaded, said_UD)})
     return replace(memory, tables=memory.tables | saved.tables)
 
 

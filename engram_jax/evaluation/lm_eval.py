@@ -13,8 +13,8 @@ import importlib.util
 import sys
 
 from engram_jax.config import ConfigError
+from engram_jax.errors import RunError
 from engram_jax.evaluation.lm_eval_task import MISSING
-from engram_jax.training.errors import RunError
 
 
 def main() -> int:

@@ -18,10 +18,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from engram_jax import __version__
 from engram_jax.config import require
-from engram_jax.evaluation.under_test import UnderTest
+from engram_jax.evaluation.evaluated_run import EvaluatedRun
 from engram_jax.inference.sampling import Sampling
+from engram_jax.version import __version__
 
 AT_A_TIME = 256
 """Requests between two steps of the progress bar."""
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class EngramLM(TemplateLM):
-    def __init__(self, model: UnderTest, max_length: int = 0, seed: int = 0):
+    def __init__(self, model: EvaluatedRun, max_length: int = 0, seed: int = 0):
         """
         Args:
           max_length: ids of context at most, the last of a continuation not counted. 0: what the run was trained with.
@@ -57,8 +57,8 @@ class EngramLM(TemplateLM):
         unknown = [name for name in arg_dict if name not in known]
         require(not unknown, f"--model_args: {', '.join(unknown)} is not among {', '.join(known)}.")
         scales = str(arg_dict["memory_scale"]).split() if "memory_scale" in arg_dict else ()
-        batch_tokens = _given(arg_dict, "batch_tokens").get("batch_tokens", UnderTest.batch_tokens)
-        model = UnderTest.load(Path(str(arg_dict["run_dir"])), batch_tokens, scales)
+        batch_tokens = _given(arg_dict, "batch_tokens").get("batch_tokens", EvaluatedRun.batch_tokens)
+        model = EvaluatedRun.load(Path(str(arg_dict["run_dir"])), batch_tokens, scales)
         return cls(model, **_given(arg_dict, "max_length", "seed"))
 
     @classmethod

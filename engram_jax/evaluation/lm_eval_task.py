@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engram_jax.config import ConfigError, require
+from engram_jax.errors import RunError
 from engram_jax.evaluation.statistics import Metric
 from engram_jax.evaluation.tasks import Result, Shared, register
-from engram_jax.training.errors import RunError
 
 if TYPE_CHECKING:
-    from engram_jax.evaluation.under_test import UnderTest
+    from engram_jax.evaluation.evaluated_run import EvaluatedRun
 
 MISSING = "lm_eval is not installed: pip install 'engram_jax[eval]' (or lm_eval>=0.4.13)."
 
@@ -36,7 +36,7 @@ class LmEval:
         require(self.fewshot >= -1, f"lm_eval.fewshot={self.fewshot} must be -1 (the task's own) or more.")
         require(self.max_length >= 0, f"lm_eval.max_length={self.max_length} must be 0 (as trained) or positive.")
 
-    def __call__(self, model: UnderTest, shared: Shared, argument: str = "") -> Result:
+    def __call__(self, model: EvaluatedRun, shared: Shared, argument: str = "") -> Result:
         require(bool(argument), "lm_eval: name a task of the harness, as --tasks lm_eval:hellaswag.")
         require(not self.include or Path(self.include).is_dir(), f"lm_eval.include={self.include!r} is not a folder.")
         require(importlib.util.find_spec("lm_eval") is not None, MISSING)

@@ -25,7 +25,7 @@ from engram_jax.evaluation.statistics import ratio
 from engram_jax.evaluation.tasks import Result, Shared, register
 
 if TYPE_CHECKING:
-    from engram_jax.evaluation.under_test import UnderTest
+    from engram_jax.evaluation.evaluated_run import EvaluatedRun
 
 SHORT_SHARE = 8  # 4,096 of 32,768 tokens in the paper
 BATCHES_AT_A_TIME = 32
@@ -55,7 +55,7 @@ class LongPPL:
             value = getattr(self, name)
             require(value >= 0, f"longppl.{name}={value} must be 0 or positive.")
 
-    def __call__(self, model: UnderTest, shared: Shared, argument: str = "") -> Result:
+    def __call__(self, model: EvaluatedRun, shared: Shared, argument: str = "") -> Result:
         from engram_jax.evaluation.documents import OwnText, open_documents
 
         require(not argument, f"longppl takes no argument, not {argument!r}: give the text with --corpus.")
@@ -110,12 +110,12 @@ class LongPPL:
         }
         return Result(metrics, details)
 
-    def _evaluator(self, model: UnderTest) -> UnderTest:
-        from engram_jax.evaluation.under_test import UnderTest
+    def _evaluator(self, model: EvaluatedRun) -> EvaluatedRun:
+        from engram_jax.evaluation.evaluated_run import EvaluatedRun
 
         if self.evaluator is None:
             return model
-        evaluator = UnderTest.load(self.evaluator, model.batch_tokens, log=model.log)
+        evaluator = EvaluatedRun.load(self.evaluator, model.batch_tokens, log=model.log)
         require(
             evaluator.tokenizer.backend.to_str() == model.tokenizer.backend.to_str(),
             f"longppl.evaluator={str(self.evaluator)!r} has another tokenizer than {model.name}, so its key tokens are "
@@ -130,7 +130,7 @@ def key_tokens(long_losses: np.ndarray, short_losses: np.ndarray, alpha: float, 
         return (short_losses - long_losses > alpha) & (-long_losses > beta)
 
 
-def short_losses(model: UnderTest, pieces: list[np.ndarray], short: int, slide: int) -> list[np.ndarray]:
+def short_losses(model: EvaluatedRun, pieces: list[np.ndarray], short: int, slide: int) -> list[np.ndarray]:
     """float32 [T - 1] for each piece of T ids: losses given the last `short` to `short + slide - 1` ids only.
 
     NaN for those with fewer ids before them. The short context of the first `slide` that are left is the long one.

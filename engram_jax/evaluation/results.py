@@ -25,21 +25,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engram_jax import __version__
 from engram_jax.config import ConfigError, require
+from engram_jax.errors import RunError
 from engram_jax.evaluation.statistics import Metric
 from engram_jax.evaluation.tasks import Result, Shared
-from engram_jax.training.errors import RunError
+from engram_jax.version import __version__
 
 if TYPE_CHECKING:
-    from engram_jax.evaluation.under_test import UnderTest
+    from engram_jax.evaluation.evaluated_run import EvaluatedRun
 
 FORMAT = 1
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "tokenizers", "lm_eval")
 FOLDER = "evaluations"
 
 
-def record(model: UnderTest, shared: Shared, tasks: Mapping[str, dict[str, Any]], command: list[str]) -> dict[str, Any]:
+def record(
+    model: EvaluatedRun, shared: Shared, tasks: Mapping[str, dict[str, Any]], command: list[str]
+) -> dict[str, Any]:
     """The file's content; `tasks` are made by `entry`."""
     device = model.parts.mesh.devices.flat[0]
     return {
@@ -97,7 +99,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
       RunError: it cannot be written.
     """
     # Here, because it brings jax, which showing saved results does not wait for.
-    from engram_jax.training.run_folder import write_json
+    from engram_jax.runs.settings import write_json
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

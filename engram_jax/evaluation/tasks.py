@@ -6,9 +6,9 @@
         \"""One line, which --help shows.\"""
         lengths: tuple[int, ...] = (4096,)
 
-        def __call__(self, model: UnderTest, shared: Shared, argument: str) -> Result: ...
+        def __call__(self, model: EvaluatedRun, shared: Shared, argument: str) -> Result: ...
 
-Its fields become `--my_task.lengths` of `python -m experiments.evaluate`. `argument` is what the user wrote after a
+Its fields become `--my_task.lengths` of `engram-jax evaluate`. `argument` is what the user wrote after a
 colon (`--tasks lm_eval:arc_easy`), empty without one. Modules listed in MODULES are imported to find the tasks: they
 import nothing heavy (jax, lm_eval) at their top, so that --help is quick.
 """
@@ -25,7 +25,7 @@ from engram_jax.config import ConfigError, require
 from engram_jax.evaluation.statistics import Metric
 
 if TYPE_CHECKING:
-    from engram_jax.evaluation.under_test import UnderTest
+    from engram_jax.evaluation.evaluated_run import EvaluatedRun
 
 MODULES = (
     "engram_jax.evaluation.corpus_perplexity",
@@ -64,7 +64,7 @@ class Result:
 
 
 class Task(Protocol):
-    def __call__(self, model: UnderTest, shared: Shared, argument: str) -> Result:
+    def __call__(self, model: EvaluatedRun, shared: Shared, argument: str) -> Result:
         """Evaluates `model`; raises ConfigError before any computing where the options cannot work."""
         ...
 

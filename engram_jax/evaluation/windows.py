@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engram_jax.config import require
-from engram_jax.evaluation.under_test import Scored, UnderTest
+from engram_jax.evaluation.evaluated_run import EvaluatedRun, Scored
 
 BATCHES_AT_A_TIME = 32
 SECONDS_PER_LINE = 10.0
@@ -45,7 +45,7 @@ def windows(length: int, context: int, stride: int) -> list[Window]:
 
 
 def score_documents(
-    model: UnderTest, documents: Iterable[np.ndarray], context: int, stride: int
+    model: EvaluatedRun, documents: Iterable[np.ndarray], context: int, stride: int
 ) -> Iterator[tuple[np.ndarray, Scored]]:
     """Each document with the losses of its ids but the first; a few batches of documents in memory at a time."""
     group: list[np.ndarray] = []
@@ -62,7 +62,7 @@ def score_documents(
 
 
 def _score_group(
-    model: UnderTest, group: list[np.ndarray], context: int, stride: int
+    model: EvaluatedRun, group: list[np.ndarray], context: int, stride: int
 ) -> Iterator[tuple[np.ndarray, Scored]]:
     cut = [windows(len(ids), context, stride) for ids in group]
     scored = iter(model.score([ids[w.start : w.stop] for ids, ws in zip(group, cut, strict=True) for w in ws]))

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 
 from engram_jax.inference.cache import Cache, GatedValues, newest
 from engram_jax.layers import cached_attention
+from engram_jax.memory.description import MemoryRows, MemoryState
 from engram_jax.memory.hashing import canonicalize, ngram_row_ids
-from engram_jax.memory.store import MemoryRows, MemoryState, MemoryStore
+from engram_jax.memory.store import MemoryStore
 from engram_jax.model import Model, segments
 from engram_jax.sharding import LOGICAL_TO_MESH, placed
 

@@ -28,9 +28,9 @@ from engram_jax.inference.cache import Cache, new_cache, reset, rollback
 from engram_jax.inference.decode import extend
 from engram_jax.inference.sampling import Sampling, choose
 from engram_jax.inference.served import Served, served
+from engram_jax.runs.parts import Parts
+from engram_jax.runs.state import TrainState
 from engram_jax.sharding import BATCH, placed
-from engram_jax.training.assembly import Parts
-from engram_jax.training.state import TrainState
 
 UNKNOWN = -1
 """A token that was drawn and fed, and that the host has not seen yet."""

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from engram_jax.memory.store import MemoryState
+from engram_jax.memory.description import MemoryState
 from engram_jax.optimizers.roles import KEPT_WIDE, ROLES
-from engram_jax.training.assembly import Parts
-from engram_jax.training.state import TrainState
+from engram_jax.runs.parts import Parts
+from engram_jax.runs.state import TrainState
 
 
 @jax.tree_util.register_dataclass

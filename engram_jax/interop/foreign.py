@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from engram_jax.config import ConfigError, EngramConfig, require
+from engram_jax.errors import RunError
 from engram_jax.interop.shards import DTYPES, Folder, Tensor
 from engram_jax.interop.table_sources import FP8, RowSource, load_tables
 from engram_jax.memory.compression import TokenMap
+from engram_jax.memory.description import MemoryState
 from engram_jax.memory.hashing import hash_constants
-from engram_jax.memory.store import MemoryState, MemoryStore
-from engram_jax.training.errors import RunError
+from engram_jax.memory.store import MemoryStore
 
 BLOCKS = (32, 128, 64, 16, 256)
 """Sides of a scale's block in FP8 matrices, the usual ones first: V4.1's and V3's."""

@@ -19,23 +19,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax import __version__
 from engram_jax.config import ConfigError, ModelConfig, RunConfig, from_dict, require
 from engram_jax.data.tokenizer import Tokenizer, load_tokenizer
+from engram_jax.errors import RunError
 from engram_jax.interop.names import Tree, Weight, table_name, weights
 from engram_jax.interop.shards import AGAIN, Folder, Source, Tensor, write
 from engram_jax.memory import hashing
+from engram_jax.memory.description import MemoryState
 from engram_jax.memory.hashing import HashConstants
-from engram_jax.memory.store import MemoryState, MemoryStore
+from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableState
 from engram_jax.memory.table_files import ShardWriter, TableReader, rows_per_chunk
-from engram_jax.training import run_folder
-from engram_jax.training.assembly import Parts, assemble
-from engram_jax.training.checkpoint import Checkpoints
-from engram_jax.training.errors import RunError
-from engram_jax.training.run_folder import load_run, on_one_device, tables_of, write_json
-from engram_jax.training.state import TrainState
-from engram_jax.training.table_checkpoint import fields_of
+from engram_jax.runs import run_folder
+from engram_jax.runs.checkpoint import Checkpoints
+from engram_jax.runs.load import load_run, on_one_device, tables_of
+from engram_jax.runs.parts import Parts, assemble
+from engram_jax.runs.settings import write_json
+from engram_jax.runs.state import TrainState
+from engram_jax.runs.table_checkpoint import fields_of
+from engram_jax.version import __version__
 
 FORMAT = 1
 """Of names, layouts and config.json's `engram_jax` block; raised by a change that older code would read wrongly."""
@@ -190,7 +192,7 @@ def _block(files: Folder) -> dict[str, Any]:
     if block is None:
         raise ConfigError(
             f"{files.path / 'config.json'} has no engram_jax block (model_type={config.get('model_type')!r}): only "
-            "folders that experiments.export wrote are whole runs. The memory of a DeepSeek-V4.1 or Qwen checkpoint "
+            "folders that engram-jax export wrote are whole runs. The memory of a DeepSeek-V4.1 or Qwen checkpoint "
             "is read by engram_jax.interop.foreign (docs/interchange.md)."
         )
     if block["format"] > FORMAT:

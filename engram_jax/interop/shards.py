@@ -25,8 +25,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from engram_jax.config import ConfigError, require
+from engram_jax.errors import RunError
 from engram_jax.memory.table_index import naming, write_all
-from engram_jax.training.errors import RunError
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9

@@ -17,8 +17,9 @@ import numpy as np
 from engram_jax.config import require
 from engram_jax.interop.shards import DTYPES, Tensor
 from engram_jax.memory.chunks import filled
+from engram_jax.memory.description import MemoryState
 from engram_jax.memory.quantized import BLOCK, FrozenFP8, dequantize, num_blocks
-from engram_jax.memory.store import MemoryState, MemoryStore
+from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableLayout, TableState
 
 FP8 = "F8_E4M3"

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.memory import outside, routing
+from engram_jax.memory import numpy_tables, routing
+from engram_jax.memory.description import MemoryDescription, MemoryState
 from engram_jax.memory.placements import Table
 from engram_jax.memory.table import RowInit, TableState
-
-if TYPE_CHECKING:
-    from engram_jax.memory.store import MemoryState, MemoryStore
 
 CHUNK_ROWS = 65_536
 """Local rows that are made at a time."""
 
 
-def new_tables(store: MemoryStore, key: jax.Array) -> dict[str, Table]:
-    """Tables with their first rows; what `MemoryStore.init` makes."""
+def new_tables(store: MemoryDescription, key: jax.Array, tables: dict[str, Table]) -> dict[str, Table]:
+    """Allocated tables filled with their first rows; what `MemoryStore.init` makes. The tables are donated."""
     first = jax.jit(partial(first_rows, store), static_argnames=("layer", "count"))
-    tables = store.allocate()
     for layer in store.layers:
         write = chunk_writer(store, layer)
         rows, layer_key = store.layouts[layer].rows_per_shard, jax.random.fold_in(key, int(layer))
@@ -39,7 +35,7 @@ def new_tables(store: MemoryStore, key: jax.Array) -> dict[str, Table]:
     return tables
 
 
-def first_rows(store: MemoryStore, key: jax.Array, start: jax.Array, layer: str, count: int) -> TableState:
+def first_rows(store: MemoryDescription, key: jax.Array, start: jax.Array, layer: str, count: int) -> TableState:
     """New local rows start .. start + count of every shard: [S * count, ...], zero where there is no row."""
     make = RowInit(store.config.engram_head_dim, store.init_std, store.row_dtype)
 
@@ -52,13 +48,13 @@ def first_rows(store: MemoryStore, key: jax.Array, start: jax.Array, layer: str,
     return store.on_shards(local, key, start)
 
 
-def chunk_reader(store: MemoryStore, count: int) -> Callable[[Table, int], TableState]:
+def chunk_reader(store: MemoryDescription, count: int) -> Callable[[Table, int], TableState]:
     """`chunk = read(table, start)`: local rows start .. start + count of every shard, as they lie [S * count, ...].
 
     Rows beyond a shard's end read as zero.
     """
     if not store.placement.in_program:
-        return lambda table, start: outside.read_chunk(store, table, start, count)
+        return lambda table, start: numpy_tables.read_chunk(store, table, start, count)
 
     def local(table: Table, start: jax.Array) -> TableState:
         return store.placement.take(table, start + jnp.arange(count, dtype=jnp.int32))
@@ -67,10 +63,10 @@ def chunk_reader(store: MemoryStore, count: int) -> Callable[[Table, int], Table
     return lambda table, start: read(table, jnp.int32(start))
 
 
-def chunk_writer(store: MemoryStore, layer: str) -> Callable[[Table, int, TableState], Table]:
+def chunk_writer(store: MemoryDescription, layer: str) -> Callable[[Table, int, TableState], Table]:
     """`table = write(table, start, chunk)`, the inverse of `chunk_reader`; the table is donated."""
     if not store.placement.in_program:
-        return lambda table, start, chunk: outside.write_chunk(store, table, start, chunk)
+        return lambda table, start, chunk: numpy_tables.write_chunk(store, table, start, chunk)
 
     def local(table: Table, start: jax.Array, chunk: TableState) -> Table:
         return store.placement.put(table, start + jnp.arange(len(chunk.uses), dtype=jnp.int32), chunk)
@@ -80,7 +76,7 @@ def chunk_writer(store: MemoryStore, layer: str) -> Callable[[Table, int, TableS
 
 
 def filled(
-    store: MemoryStore,
+    store: MemoryDescription,
     layer: str,
     table: Table,
     read: Callable[[int, int, int], TableState],
@@ -92,27 +88,27 @@ def filled(
     Rows beyond a shard's end are asked for and dropped. `convert` makes rows of this store of what was read, on the
     devices. Needs the memory of two chunks beside the table.
     """
-    rows, sharding = store.layouts[layer].rows_per_shard, outside.sharding_over_devices()
-    shards = outside.shards_here(sharding, store.shards)
+    rows, sharding = store.layouts[layer].rows_per_shard, numpy_tables.sharding_over_devices()
+    shards = numpy_tables.shards_here(sharding, store.shards)
     count = min(count, rows)
     write = chunk_writer(store, layer)
     for start in range(0, rows, count):
         parts = [read(shard, start, count) for shard in shards]  # while the chunk before is written
         jax.block_until_ready(table)  # reading can be the faster of the two: chunks would queue up in memory
-        table = write(table, start, convert(outside.to_devices(parts, sharding, store.shards)))
+        table = write(table, start, convert(numpy_tables.to_devices(parts, sharding, store.shards)))
     return table
 
 
 def logical_tables(
-    store: MemoryStore, state: MemoryState, step: jax.Array | int
+    store: MemoryDescription, state: MemoryState, step: jax.Array | int
 ) -> Mapping[str, jax.Array | np.ndarray]:
     """What `MemoryStore.materialize` returns."""
     if not store.placement.in_program:
-        return outside.materialize(store, state.tables, step, CHUNK_ROWS)
+        return numpy_tables.materialize(store, state.tables, step, CHUNK_ROWS)
 
     def local(table: Table, step: jax.Array, layer: str) -> jax.Array:
-        held = store.placement.take(table, jnp.arange(store.layouts[layer].rows_per_shard, dtype=jnp.int32))
-        return store.optimizer.read(held.rows, held.slots, step)[0]
+        loaded = store.placement.take(table, jnp.arange(store.layouts[layer].rows_per_shard, dtype=jnp.int32))
+        return store.optimizer.read(loaded.rows, loaded.slots, step)[0]
 
     tables = {}
     for layer, layout in store.layouts.items():

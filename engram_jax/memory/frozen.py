@@ -11,9 +11,10 @@ import jax
 
 from engram_jax.config import require
 from engram_jax.memory.chunks import CHUNK_ROWS, chunk_reader, chunk_writer
+from engram_jax.memory.description import MemoryState
 from engram_jax.memory.placements import Placement
 from engram_jax.memory.quantized import CODE, FrozenFP8, quantize
-from engram_jax.memory.store import MemoryState, MemoryStore
+from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableState
 
 

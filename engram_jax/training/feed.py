@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from engram_jax.runs.state import Batch
 from engram_jax.sharding import spec
-from engram_jax.training.state import Batch
 
 
 class Feed:

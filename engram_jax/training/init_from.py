@@ -33,16 +33,16 @@ from engram_jax.config import (
     require,
 )
 from engram_jax.data.tokenizer import load_tokenizer
-from engram_jax.memory.store import MemoryState
+from engram_jax.errors import RunError
+from engram_jax.memory.description import MemoryState
 from engram_jax.memory.table_index import TableFileError
 from engram_jax.model import Model, Segment, named_key, segments, split
+from engram_jax.runs import load, run_folder, settings
+from engram_jax.runs.checkpoint import Checkpoints
+from engram_jax.runs.parts import Parts, assemble
+from engram_jax.runs.state import TrainState
+from engram_jax.runs.table_checkpoint import restore_tables
 from engram_jax.sharding import spec
-from engram_jax.training import run_folder
-from engram_jax.training.assembly import Parts, assemble
-from engram_jax.training.checkpoint import Checkpoints
-from engram_jax.training.errors import RunError
-from engram_jax.training.state import TrainState
-from engram_jax.training.table_checkpoint import restore_tables
 
 MAY_DIFFER = (
     "model.attend_across_documents",
@@ -84,9 +84,9 @@ def find_source(config: RunConfig) -> Source:
         (run_dir / "config.json").is_file(),
         f"{named} is not a run: it has no config.json. Train it, or give its folder.",
     )
-    theirs = run_folder.read_config(run_dir)
+    theirs = settings.read_config(run_dir)
     require(
-        run_folder.has_checkpoint(run_dir),
+        load.has_checkpoint(run_dir),
         f"{named} has no checkpoint yet: let that run reach its first one.",
     )
     _check_model(config, theirs, named)
@@ -161,7 +161,7 @@ def initial_state(parts: Parts, source: Source, tokenizer: Tokenizer, log: Calla
         params |= {"engram": _new_readers(parts, named_key(key, "model"))}
         memory = with_changes(parts.store, init_std=0.0).init(named_key(key, "memory"))
     elif parts.store.layers:
-        folder = run_folder.tables_of(source.run_dir, step)
+        folder = load.tables_of(source.run_dir, step)
         try:
             tables = restore_tables(folder, parts.store, parts.mesh, theirs.store, step)
         except (TableFileError, OSError) as error:

@@ -13,23 +13,24 @@ import numpy as np
 
 from engram_jax.config import RunConfig, replace
 from engram_jax.data.loader import TextData, eval_batches, load_data, train_batches
+from engram_jax.data.ngram_frequency import NgramCounts
 from engram_jax.data.repeats import repeats_line
-from engram_jax.evaluation.frequency import NgramCounts
-from engram_jax.evaluation.perplexity import Evaluation, evaluate
-from engram_jax.training import init_from, run_folder
-from engram_jax.training.assembly import Parts, assemble
-from engram_jax.training.checkpoint import Checkpoints
-from engram_jax.training.distributed import is_first
-from engram_jax.training.door import folder_of_one_run
-from engram_jax.training.errors import FINISHED, RunError
+from engram_jax.distributed import is_first
+from engram_jax.errors import FINISHED, RunError
+from engram_jax.runs import load, run_folder, settings
+from engram_jax.runs.checkpoint import Checkpoints
+from engram_jax.runs.parts import Parts, assemble
+from engram_jax.runs.settings import write_json
+from engram_jax.runs.state import Batch, TrainState
+from engram_jax.training import init_from
 from engram_jax.training.feed import Feed, on_host
 from engram_jax.training.goodput import Goodput
 from engram_jax.training.metrics import MetricsWriter, Progress, duration, read_metrics
 from engram_jax.training.profile import Profile
-from engram_jax.training.run_folder import write_json
-from engram_jax.training.state import Batch, TrainState
+from engram_jax.training.run_folder_checks import folder_of_one_run
 from engram_jax.training.stepper import Stepper, make_evaluator
 from engram_jax.training.stopping import StopRequest
+from engram_jax.training.validation import Evaluation, evaluate
 
 Log = Callable[[str], None]
 
@@ -42,14 +43,14 @@ class TrainResult:
     evaluation: Evaluation | None
     """On the held-out documents; None if the run was stopped before its last step."""
     status: int
-    """Exit status (training/errors.py): FINISHED, or why it was stopped."""
+    """Exit status (errors.py): FINISHED, or why it was stopped."""
 
 
 def train(config: RunConfig, run_dir: Path, log: Log = print, profile: bool = False) -> TrainResult:
     """Trains to `config.train.steps`, continuing from the newest checkpoint in `run_dir` if there is one.
 
     Writes config.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, result.json; with
-    `profile` also profile/. Among several processes (training/distributed.py) all call it, and the first one writes
+    `profile` also profile/. Among several processes (distributed.py) all call it, and the first one writes
     and logs what is written once.
 
     Raises:
@@ -66,7 +67,7 @@ def _train(config: RunConfig, run_dir: Path, log: Log, profile: Profile | None, 
     started = time.perf_counter()
 
     # --- data and the parts of the run ---
-    begins = config.train.init_from and not run_folder.has_checkpoint(run_dir)
+    begins = config.train.init_from and not load.has_checkpoint(run_dir)
     source = init_from.find_source(config) if begins else None
     tokenizer = init_from.data_tokenizer(config, run_dir)
     text = load_data(replace(config.data, tokenizer=tokenizer), config.model.vocab_size, log)
@@ -74,7 +75,7 @@ def _train(config: RunConfig, run_dir: Path, log: Log, profile: Profile | None, 
         log(repeats)
     parts = assemble(config, text.tokenizer.backend)
     config = parts.config
-    run_folder.check(run_dir, config)
+    settings.check(run_dir, config)
     meta = run_folder.meta(config, text, parts)
     run_folder.check_alike(meta)
     log(
@@ -178,7 +179,7 @@ def _train(config: RunConfig, run_dir: Path, log: Log, profile: Profile | None, 
                     profile.before_step(step - first_step, state)
                 # What moves between host and devices here is asked for by name, so that nothing waits unseen.
                 with jax.transfer_guard("disallow"):
-                    seen = train_step.look(state) if _due(step + 1, config.memory.sight_every) else {}
+                    seen = train_step.look(state) if _due(step + 1, config.memory.monitor_every) else {}
                     state, metrics = train_step(state, step)
                 step += 1
                 if pending is not None:

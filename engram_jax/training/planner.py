@@ -14,10 +14,11 @@ from typing import Any
 
 import jax
 
+from engram_jax.errors import RunError
+from engram_jax.memory.description import MemoryPlan
 from engram_jax.memory.plan import Capacity, RowIdError, capacity, check, fits
-from engram_jax.memory.store import MemoryPlan, MemoryStore
-from engram_jax.training.errors import RunError
-from engram_jax.training.state import Batch
+from engram_jax.memory.store import MemoryStore
+from engram_jax.runs.state import Batch
 
 SLACK = 1.1
 """Room over what the largest block of the first batch needed. What travels is then 1.11 to 1.13 times what the busiest

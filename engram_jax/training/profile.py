@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
-from engram_jax.training.distributed import is_first
+from engram_jax.distributed import is_first
 
 WARM_UP, STEPS = 5, 5
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "ragged-all-to-all")

@@ -21,24 +21,26 @@ import optax
 
 from engram_jax.config import RunConfig
 from engram_jax.layers.moe import MoEStats
+from engram_jax.memory.description import LoadedRows, MemoryPlan, MemoryState
 from engram_jax.memory.placements import DevicePlacement
 from engram_jax.memory.plan import RowPlan, capacity, overflow, requests
-from engram_jax.memory.store import Held, MemoryPlan, MemoryState, MemoryStore
+from engram_jax.memory.store import MemoryStore
 from engram_jax.model import updated_buffers
 from engram_jax.optimizers.groups import is_frozen
+from engram_jax.runs.parts import Parts
+from engram_jax.runs.state import Batch, TrainState
 from engram_jax.sharding import sharding_of
-from engram_jax.training.assembly import Parts
-from engram_jax.training.state import Batch, TrainState
 
 Metrics = dict[str, jax.Array]
 
 
-def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, Held | None]]:
-    """Jitted `state, metrics, held = step(state, batch, plan, held=None, next_plan=None)`; state and held are donated.
+def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, LoadedRows | None]]:
+    """Jitted `state, metrics, loaded = step(state, batch, plan, loaded=None, next_plan=None)`.
 
-    Without `held` the step loads the plan's rows itself. It returns the rows of `next_plan` if that is given; with
-    tables outside the program (memory.placement=numpy) this batch's rows, for the caller to save; else None. Frozen
-    tables (optimizer.table_optimizer) are never written: there is nothing to save, and held is not donated.
+    State and loaded rows are donated. Without `loaded` the step loads the plan's rows itself. It returns the rows of
+    `next_plan` if that is given; with tables outside the program (memory.placement=numpy) this batch's rows, for the
+    caller to save; else None. Frozen tables (optimizer.table_optimizer) are never written: there is nothing to save,
+    and `loaded` is not donated.
     """
     config, store = parts.config, parts.store
     accum = config.train.grad_accum
@@ -74,13 +76,13 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
         state: TrainState,
         batch: Batch,
         plan: MemoryPlan,
-        held: Held | None = None,
+        loaded: LoadedRows | None = None,
         next_plan: MemoryPlan | None = None,
-    ) -> tuple[TrainState, Metrics, Held | None]:
+    ) -> tuple[TrainState, Metrics, LoadedRows | None]:
         early = store.load(state.memory, next_plan) if next_plan is not None else None
         # The barrier keeps what follows the same program, and so the same bits, however the rows were read.
-        loaded: Held = jax.lax.optimization_barrier(held or store.load(state.memory, plan))
-        rows = store.rows(loaded, plan, state.step)
+        current: LoadedRows = jax.lax.optimization_barrier(loaded or store.load(state.memory, plan))
+        rows = store.rows(current, plan, state.step)
         (cross_entropy, stats), (grads, row_grads) = gradients(state.params, rows, state.buffers, batch)
         row_grads = store.reduce(plan, row_grads) if moves_rows else {}
         norm = optax.tree.norm((grads, row_grads))
@@ -89,9 +91,9 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
             grads, row_grads = jax.tree.map(lambda g: g * scale, (grads, row_grads))
         updates, opt_state = parts.optimizer.update(grads, state.opt_state, state.params)
         if moves_rows:
-            memory, held = _update_rows(store, state, plan, row_grads, loaded, early, next_plan)
+            memory, loaded = _update_rows(store, state, plan, row_grads, current, early, next_plan)
         else:
-            memory, held = state.memory, early
+            memory, loaded = state.memory, early
         new_state = TrainState(
             step=state.step + 1,
             params=jax.tree.map(jnp.add, state.params, updates),
@@ -109,7 +111,7 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, He
             counters = _memory_metrics(store, row_plan)
             counters["used_share"] = memory.rows_used[layer] / store.num_rows(layer)
             metrics |= {f"memory/{name}_{layer}": value for name, value in counters.items()}
-        return new_state, metrics, held
+        return new_state, metrics, loaded
 
     tables = {layer: store.at_rest(layer) for layer in store.layers} if store.placement.in_program else {}
     at_rest = TrainState(None, None, None, None, MemoryState(tables, None))  # type: ignore[arg-type]
@@ -137,10 +139,10 @@ def _update_rows(
     state: TrainState,
     plan: MemoryPlan,
     row_grads: dict[str, jax.Array],
-    held: Held,
-    early: Held | None,
+    loaded: LoadedRows,
+    early: LoadedRows | None,
     next_plan: MemoryPlan | None,
-) -> tuple[MemoryState, Held | None]:
+) -> tuple[MemoryState, LoadedRows | None]:
     """The tables after this batch, and what the step hands on: the next batch's rows, or rows to save outside."""
     if store.optimizer.whole_table:
         return store.update(state.memory, plan, row_grads, state.step), None
@@ -151,11 +153,11 @@ def _update_rows(
         tied: tuple[dict, dict] = jax.lax.optimization_barrier((owned, row_grads))
         plan = {layer: replace(row_plan, owned_U=tied[0][layer]) for layer, row_plan in plan.items()}
         return store.update(state.memory, plan, tied[1], state.step), None
-    moved = store.advance(held, plan, row_grads, state.step)
+    moved = store.advance(loaded, plan, row_grads, state.step)
     if early is None or next_plan is None:
         return store.save(state.memory, plan, moved), None if store.placement.in_program else moved
     # Without the barrier nothing says that the tables are read before they are overwritten, and XLA would copy them.
-    both: tuple[Held, Held] = jax.lax.optimization_barrier((early, moved))
+    both: tuple[LoadedRows, LoadedRows] = jax.lax.optimization_barrier((early, moved))
     early, moved = both
     return store.save(state.memory, plan, moved), store.patch(early, next_plan, moved, plan)
 
@@ -172,11 +174,11 @@ def _memory_metrics(store: MemoryStore, plan: RowPlan) -> Metrics:
 
 
 def make_eval_step(parts: Parts) -> Callable[..., jax.Array]:
-    """Jitted `losses_BT = step(state, batch, plan, held=None)`: nats at each position, 0 where it is not scored."""
+    """Jitted `losses_BT = step(state, batch, plan, loaded=None)`: nats at each position, 0 where it is not scored."""
     store = parts.store
 
-    def eval_step(state: TrainState, batch: Batch, plan: MemoryPlan, held: Held | None = None) -> jax.Array:
-        rows = store.rows(held or store.load(state.memory, plan), plan, state.step)
+    def eval_step(state: TrainState, batch: Batch, plan: MemoryPlan, loaded: LoadedRows | None = None) -> jax.Array:
+        rows = store.rows(loaded or store.load(state.memory, plan), plan, state.step)
         model = parts.model(state.params, state.buffers)
         hidden_BTD, _ = model.hidden(batch["tokens"], rows, batch["segment_ids"], batch["positions"])
         return model.token_losses(hidden_BTD, batch["targets"])

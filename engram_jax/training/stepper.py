@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import jax
 
-from engram_jax.memory import outside
-from engram_jax.memory.store import Held, MemoryPlan, MemoryState
-from engram_jax.training.assembly import Parts
+from engram_jax.memory.description import LoadedRows, MemoryPlan, MemoryState
+from engram_jax.memory.row_carrier import RowCarrier
+from engram_jax.runs.parts import Parts
+from engram_jax.runs.state import Batch, TrainState
+from engram_jax.training.monitors import make_monitor
 from engram_jax.training.planner import PlannedBatches, Planner
-from engram_jax.training.sight import make_sight
-from engram_jax.training.state import Batch, TrainState
 from engram_jax.training.step import Metrics, make_eval_step, make_train_step
 
 
@@ -38,7 +38,7 @@ class Stepper:
         self._step = make_train_step(parts)
         settings = parts.config.memory
         self._reads_ahead = reads_ahead(parts)
-        self._held: Held | None = None
+        self._loaded: LoadedRows | None = None
         self._promote = None
         if hasattr(parts.store.placement, "promote") and settings.promote_every:
             tables = {layer: parts.store.at_rest(layer) for layer in parts.store.layers}
@@ -47,10 +47,10 @@ class Stepper:
         self._promote_every = settings.promote_every
         self._outside = None
         if not parts.store.placement.in_program:
-            self._outside = outside.Carrier(parts.store, self._reads_ahead)
-        self._sight = None
-        if parts.store.layers and settings.sight_every:
-            self._sight = make_sight(parts)
+            self._outside = RowCarrier(parts.store, self._reads_ahead)
+        self._monitor = None
+        if parts.store.layers and settings.monitor_every:
+            self._monitor = make_monitor(parts)
 
     def __enter__(self) -> Stepper:
         return self
@@ -66,8 +66,8 @@ class Stepper:
             state, metrics = self._step_outside(state, batch, plan)
         elif self._reads_ahead:
             following = self._batches.following
-            held = self._held or jax.jit(self._store.load)(state.memory, plan)
-            state, metrics, self._held = self._step(state, batch, plan, held, following)
+            loaded = self._loaded or jax.jit(self._store.load)(state.memory, plan)
+            state, metrics, self._loaded = self._step(state, batch, plan, loaded, following)
         else:
             state, metrics, _ = self._step(state, batch, plan)
         if self._promote is not None and (step + 1) % self._promote_every == 0:
@@ -82,23 +82,23 @@ class Stepper:
         if self._reads_ahead:
             self._outside.read_ahead(tables, self._batches.following)
         inside = replace(state, memory=replace(state.memory, tables={}))
-        state, metrics, held = self._step(inside, batch, plan, loaded)
-        if held is not None:  # frozen tables have nothing to write
-            self._outside.save(tables, plan, held)
+        state, metrics, moved = self._step(inside, batch, plan, loaded)
+        if moved is not None:  # frozen tables have nothing to write
+            self._outside.save(tables, plan, moved)
         return replace(state, memory=replace(state.memory, tables=tables)), metrics
 
     def look(self, state: TrainState) -> Metrics:
-        """What the next batch finds in the memory before its step is taken (training/sight.py); {} without memory."""
-        if self._sight is None:
+        """What the next batch finds in the memory before its step (training/monitors.py); {} without memory."""
+        if self._monitor is None:
             return {}
         batch, plan = self._batches.current
         if self._outside is not None:
             self._outside.settle()
-            held = self._store.load(state.memory, plan)
-            return self._sight(replace(state, memory=replace(state.memory, tables={})), batch, plan, held)
-        if self._reads_ahead and self._held is None:
-            self._held = jax.jit(self._store.load)(state.memory, plan)
-        return self._sight(state, batch, plan, self._held)
+            loaded = self._store.load(state.memory, plan)
+            return self._monitor(replace(state, memory=replace(state.memory, tables={})), batch, plan, loaded)
+        if self._reads_ahead and self._loaded is None:
+            self._loaded = jax.jit(self._store.load)(state.memory, plan)
+        return self._monitor(state, batch, plan, self._loaded)
 
     def settle(self) -> None:
         """Waits until every update has reached the tables, before they are saved or evaluated."""
@@ -114,7 +114,7 @@ def make_evaluator(parts: Parts, log: Callable[[str], None] = print) -> Callable
         plan = planner(batch)
         if store.placement.in_program:
             return step(state, batch, plan)
-        held = store.load(state.memory, plan)
-        return step(replace(state, memory=replace(state.memory, tables={})), batch, plan, held)
+        loaded = store.load(state.memory, plan)
+        return step(replace(state, memory=replace(state.memory, tables={})), batch, plan, loaded)
 
     return losses

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from engram_jax.training.errors import INTERRUPTED, TERMINATED
+from engram_jax.errors import INTERRUPTED, TERMINATED
 
 STATUS = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: TERMINATED}
 

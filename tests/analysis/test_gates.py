@@ -18,7 +18,7 @@ from engram_jax.config import (
 )
 from engram_jax.data.tokenizer import train_tokenizer
 from engram_jax.layers.engram import EngramReader
-from engram_jax.training.assembly import assemble
+from engram_jax.runs.parts import assemble
 
 CONFIG = RunConfig(
     model=ModelConfig(

@@ -18,10 +18,10 @@ from engram_jax.config import (
     replace,
 )
 from engram_jax.data.tokenizer import train_tokenizer
+from engram_jax.evaluation.evaluated_run import EvaluatedRun
 from engram_jax.evaluation.statistics import Metric
-from engram_jax.evaluation.under_test import UnderTest
 from engram_jax.model import segments
-from engram_jax.training.assembly import assemble
+from engram_jax.runs.parts import assemble
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -66,7 +66,7 @@ def model(tokenizer, tmp_path_factory):
     memory = dataclasses.replace(state.memory, tables=tables)
     state = dataclasses.replace(state, params=params, memory=memory)
     folder = tmp_path_factory.mktemp("no run")
-    return UnderTest("small", parts, state, tokenizer, folder, batch_tokens=128, log=lambda _: None)
+    return EvaluatedRun("small", parts, state, tokenizer, folder, batch_tokens=128, log=lambda _: None)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.hashing import hash_constants, ngram_row_ids_numpy
 from engram_jax.memory.row_optimizers import CatchUpAdam
 from engram_jax.memory.store import MemoryStore
+from engram_jax.runs.state import TrainState
 from engram_jax.sharding import make_mesh
-from engram_jax.training.state import TrainState
 
 VOCAB, PAD = 12, 2
 CONFIG = EngramConfig(

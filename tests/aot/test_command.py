@@ -7,9 +7,9 @@ import pytest
 from engram_jax.aot.chips import topology
 from engram_jax.aot.remedies import remedies
 from engram_jax.config import ConfigError, replace
-from engram_jax.training.errors import FAILED, MISTAKEN, RunError
+from engram_jax.errors import FAILED, MISTAKEN, RunError
 from experiments import compile as command
-from experiments.registry import build
+from experiments.runs.registry import build
 
 GB = 10**9
 

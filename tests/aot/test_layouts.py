@@ -4,9 +4,9 @@ import pytest
 
 from engram_jax.aot.chips import topology
 from engram_jax.aot.remedies import remedies
+from engram_jax.aot.slices import MIN_PIECE, laid_out
 from engram_jax.config import replace
-from experiments.registry import build
-from experiments.slices import MIN_PIECE, laid_out
+from experiments.runs.registry import build
 
 LONG = replace(build("engram_27b"), data__seq_len=32_768, data__batch_size=192)
 

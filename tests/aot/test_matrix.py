@@ -5,8 +5,8 @@ from test_command import GB, played
 
 from engram_jax.aot.chips import topology
 from engram_jax.config import ConfigError, nested, replace
-from experiments import compile_matrix as matrix
-from experiments.registry import build
+from experiments.pods import compile_matrix as matrix
+from experiments.runs.registry import build
 
 
 @pytest.fixture

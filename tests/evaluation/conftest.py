@@ -23,10 +23,10 @@ from engram_jax.config import (
     replace,
 )
 from engram_jax.data.loader import load_data
-from engram_jax.evaluation.under_test import UnderTest
-from engram_jax.training import run_folder
-from engram_jax.training.assembly import assemble
-from engram_jax.training.checkpoint import Checkpoints
+from engram_jax.evaluation.evaluated_run import EvaluatedRun
+from engram_jax.runs import run_folder, settings
+from engram_jax.runs.checkpoint import Checkpoints
+from engram_jax.runs.parts import assemble
 
 WORDS = ["def", "self", "return", "value", "import", "for", "none", "éß", "漢", "\n", "(", ")", "=", ".", ":"]
 SEQ_LEN = 64
@@ -110,7 +110,7 @@ def save_run(config: RunConfig, run_dir, seed: int) -> None:
         with Checkpoints(run_dir / "checkpoints", config.checkpoint, parts, silent) as checkpoints:
             checkpoints.save(4, state, run_folder.meta(parts.config, text, parts))
             checkpoints.wait()
-    run_folder.write_json(
+    settings.write_json(
         run_dir / "result.json", {"corpus_sha256": text.corpus_sha256, "loss": 4.0, "bits_per_byte": 2.0}
     )
 
@@ -133,7 +133,7 @@ def bare_run_dir(config, tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def model(run_dir, compiled_programs):
-    return UnderTest.load(run_dir, batch_tokens=256, log=silent)
+    return EvaluatedRun.load(run_dir, batch_tokens=256, log=silent)
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ import pytest
 
 from engram_jax.config import ConfigError
 from engram_jax.data.corpora import document_digest, is_held_out
+from engram_jax.data.ngram_frequency import BUCKETS, NgramCounts, bucket_names
 from engram_jax.evaluation.corpus_perplexity import POSITIONS, Perplexity, Tally, position_bucket, position_names
-from engram_jax.evaluation.frequency import BUCKETS, NgramCounts, bucket_names
+from engram_jax.evaluation.evaluated_run import Scored
 from engram_jax.evaluation.statistics import ratio
 from engram_jax.evaluation.tasks import Shared
-from engram_jax.evaluation.under_test import Scored
 
 
 @pytest.fixture(scope="module")

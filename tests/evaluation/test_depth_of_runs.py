@@ -8,10 +8,10 @@ import pytest
 
 from engram_jax.analysis.logit_lens import DIRECTIONS, logit_lens
 from engram_jax.analysis.segments import segments
+from engram_jax.errors import RunError
 from engram_jax.evaluation.documents import OwnText
-from engram_jax.training.errors import RunError
-from experiments.studies import depth
-from experiments.studies.declared import FinishedRun
+from experiments.studies.analyses.depth import measure as depth
+from experiments.studies.engine.declared import FinishedRun
 
 
 @pytest.fixture(scope="module")

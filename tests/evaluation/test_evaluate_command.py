@@ -1,4 +1,4 @@
-"""python -m experiments.evaluate: what it writes, what it shows, and what it says of mistakes."""
+"""engram-jax evaluate: what it writes, what it shows, and what it says of mistakes."""
 
 import errno
 import json
@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engram_jax.commands import evaluate as command
+from engram_jax.commands.evaluate import file_name, main, parse
 from engram_jax.evaluation import tasks as registry
 from engram_jax.evaluation.results import load, metric_of
 from engram_jax.evaluation.statistics import Metric, difference
 from engram_jax.evaluation.tasks import Result, register
-from experiments import evaluate as command
-from experiments.evaluate import file_name, main, parse
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_two_runs_side_by_side(capsys, runs):
         assert record["run"]["name"] == name and record["run"]["step"] == 4 and record["seed"] == 5
         assert record["run"]["config"]["model"]["hidden_size"] == 32
         assert {"python", "jax", "jaxlib", "flax", "numpy", "engram_jax"} <= set(record["versions"])
-        assert record["command"][:4] == ["python", "-m", "experiments.evaluate", str(with_memory)]
+        assert record["command"][:4] == ["python", "-m", "engram_jax.commands.evaluate", str(with_memory)]
         assert record["commit"] is None or len(record["commit"].removesuffix("+changes")) == 40
         assert record["tasks"]["perplexity"]["options"] == {"context": 0, "stride": 48, "ngram_order": 3}
         assert record["tasks"]["perplexity"]["details"]["stride"] == 48
@@ -146,9 +146,9 @@ def test_the_paper_beside_it(capsys, runs, counting):
 def test_mistakes_are_one_line_before_anything_is_computed(
     capsys, monkeypatch, run_dir, bare_run_dir, options, status, message
 ):
-    from engram_jax.evaluation.under_test import UnderTest
+    from engram_jax.evaluation.evaluated_run import EvaluatedRun
 
-    monkeypatch.setattr(UnderTest, "load", None)
+    monkeypatch.setattr(EvaluatedRun, "load", None)
     assert main([option.format(run=run_dir, bare=bare_run_dir) for option in options]) == status
     streams = capsys.readouterr()
     assert streams.out == "" and streams.err.startswith("error: ") and streams.err.count("\n") == 1
@@ -213,9 +213,9 @@ def one_line(capsys, status: int, *arguments) -> str:
 
 
 def test_folders_are_tried_before_a_model_is_loaded(capsys, monkeypatch, runs, tmp_path):
-    from engram_jax.evaluation.under_test import UnderTest
+    from engram_jax.evaluation.evaluated_run import EvaluatedRun
 
-    monkeypatch.setattr(UnderTest, "load", None)
+    monkeypatch.setattr(EvaluatedRun, "load", None)
     with_memory, bare = runs
     (bare / "evaluations").write_text("a file where a folder should be")
     assert f"cannot write {bare}/evaluations/perplexity.json" in one_line(capsys, 1, with_memory, bare)
@@ -234,7 +234,7 @@ def test_results_that_cannot_be_saved_any_more_are_shown(capsys, monkeypatch, ru
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("engram_jax.training.run_folder.write_json", full)
+    monkeypatch.setattr("engram_jax.runs.settings.write_json", full)
     with_memory, _ = runs
     assert main([str(with_memory), "--tasks", "counting"]) == 1
     streams = capsys.readouterr()

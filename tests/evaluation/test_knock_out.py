@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from engram_jax.config import ConfigError, EngramConfig, replace
+from engram_jax.evaluation.evaluated_run import EvaluatedRun
 from engram_jax.evaluation.knock_out import parse_scales, scale_memory
-from engram_jax.evaluation.under_test import UnderTest
 from engram_jax.layers.engram import EngramReader
-from engram_jax.training.state import TrainState
+from engram_jax.runs.state import TrainState
 
 TOKENS = np.random.default_rng().integers(3, 300, (2, 48)).astype(np.int32)
 
@@ -78,7 +78,7 @@ def test_biases_are_silent_too(config, rng):
 
 
 def test_a_model_without_memory_stays(bare_run_dir):
-    model = UnderTest.load(bare_run_dir, log=lambda line: None)
+    model = EvaluatedRun.load(bare_run_dir, log=lambda line: None)
     assert model.memory_scale == {} and scale_memory(model.state, {}) is model.state
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from engram_jax.config import ConfigError
+from engram_jax.errors import RunError
 from engram_jax.evaluation import lm_eval as command
+from engram_jax.evaluation.evaluated_run import Scored
 from engram_jax.evaluation.lm_eval_model import EngramLM, until_first
 from engram_jax.evaluation.lm_eval_task import LmEval, result_of
 from engram_jax.evaluation.tasks import Shared, all_tasks
-from engram_jax.evaluation.under_test import Scored
-from engram_jax.training.errors import RunError
 
 MAX_LENGTH = 24
 

@@ -8,9 +8,9 @@ import pytest
 
 from engram_jax.config import ConfigError
 from engram_jax.evaluation import documents as documents_module
+from engram_jax.evaluation.evaluated_run import Scored
 from engram_jax.evaluation.long_ppl import LongPPL, key_tokens, short_losses
 from engram_jax.evaluation.tasks import Shared
-from engram_jax.evaluation.under_test import Scored
 
 NEEDLE, KNOWN, UNKNOWN, OTHER = 7, 0.25, 5.0, 1.0
 

@@ -9,7 +9,7 @@ import pytest
 from engram_jax.analysis.gates import token_gates
 from engram_jax.analysis.lookups import look_up, with_memory
 from engram_jax.config import ConfigError
-from engram_jax.evaluation.under_test import UnderTest
+from engram_jax.evaluation.evaluated_run import EvaluatedRun
 from engram_jax.memory.hashing import canonicalize, ngram_row_ids
 
 STEP = 4  # of the saved run
@@ -71,13 +71,13 @@ def test_gates_are_those_of_a_text_by_itself(model, found):
 def test_memory_switched_off_in_a_copy(model, run_dir, sequences):
     off = with_memory(model, {1: 0.0})
     assert off.memory_scale == {0: 1.0, 1: 0.0} and model.memory_scale == {0: 1.0, 1: 1.0}
-    loaded = UnderTest.load(run_dir, batch_tokens=256, memory_scale=["1=0"], log=lambda line: None)
+    loaded = EvaluatedRun.load(run_dir, batch_tokens=256, memory_scale=["1=0"], log=lambda line: None)
     for ours, theirs, before in zip(*(m.score(sequences) for m in (off, loaded, model)), strict=True):
         np.testing.assert_array_equal(ours.losses, theirs.losses)
         assert not np.array_equal(ours.losses, before.losses)
 
 
 def test_a_run_without_memory(bare_run_dir):
-    model = UnderTest.load(bare_run_dir, log=lambda line: None)
+    model = EvaluatedRun.load(bare_run_dir, log=lambda line: None)
     with pytest.raises(ConfigError, match="no memory to look into"):
         look_up(model, [np.array([0, 5, 6], np.int32)])

@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from engram_jax.evaluation import frequency
-from engram_jax.evaluation.frequency import BUCKETS, NgramCounts, bucket_names
-from engram_jax.evaluation.perplexity import evaluate
+from engram_jax.data import ngram_frequency
+from engram_jax.data.ngram_frequency import BUCKETS, NgramCounts, bucket_names
+from engram_jax.training.validation import evaluate
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_the_last_id_of_16_bits_and_texts_shorter_than_an_ngram():
 
 
 def test_counting_stops_at_its_limit(rng, monkeypatch):
-    monkeypatch.setattr(frequency, "MAX_TOKENS", 100)
+    monkeypatch.setattr(ngram_frequency, "MAX_TOKENS", 100)
     stream = rng.integers(0, 4, 1000)
     ours, short = NgramCounts.of(stream, 2), NgramCounts.of(stream[:100], 2)
     np.testing.assert_array_equal(ours.counts, short.counts)

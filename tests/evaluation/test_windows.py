@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engram_jax.config import ConfigError
-from engram_jax.evaluation.under_test import Scored
+from engram_jax.evaluation.evaluated_run import Scored
 from engram_jax.evaluation.windows import score_documents, windows
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from experiments.studies.allocation import ALLOCATION
-from experiments.studies.declared import by_series
+from experiments.studies.engine.declared import by_series
+from experiments.studies.trained.allocation import ALLOCATION
 
 
 @pytest.fixture(scope="module")

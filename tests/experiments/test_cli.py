@@ -8,9 +8,9 @@ import pytest
 
 from engram_jax.config import ConfigError, RunConfig, from_dict, replace
 from engram_jax.counts import describe
-from engram_jax.training.errors import FINISHED, INTERRUPTED, TERMINATED, PeersError, RunError
-from experiments.registry import RUNS, build
+from engram_jax.errors import FINISHED, INTERRUPTED, TERMINATED, PeersError, RunError
 from experiments.run import main
+from experiments.runs.registry import RUNS, build
 
 
 @pytest.fixture
@@ -34,7 +34,8 @@ def trained(monkeypatch):
 def compared(monkeypatch):
     """The lists of run folders that would have been compared."""
     calls = []
-    monkeypatch.setattr("experiments.compare.compare", lambda run_dirs: calls.append(run_dirs) or "compare.png")
+    report = "engram_jax.comparison.report.compare"
+    monkeypatch.setattr(report, lambda run_dirs: calls.append(run_dirs) or "compare.png")
     return calls
 
 
@@ -119,7 +120,7 @@ def test_a_run_that_cannot_go_on_says_so_in_one_line(capsys, monkeypatch, traine
 def test_compiled_programs_are_kept_where_the_user_wants_them(tmp_path):
     import jax
 
-    from experiments.command_line import keep_compiled_programs
+    from engram_jax.commands.command_line import keep_compiled_programs
 
     name, config = "jax_compilation_cache_dir", replace(build("moe_tiny"), data__cache_dir=str(tmp_path))
     before = jax.config.values[name]

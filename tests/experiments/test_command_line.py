@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from engram_jax.commands.command_line import NOBODY_READS, exit_status, training_status
 from engram_jax.config import ConfigError
-from engram_jax.training.errors import FAILED, FINISHED, MISTAKEN, PEERS_LOST, RunError
-from experiments.command_line import NOBODY_READS, exit_status, training_status
+from engram_jax.errors import FAILED, FINISHED, MISTAKEN, PEERS_LOST, RunError
 
 
 def test_the_status_is_the_commands():
@@ -43,7 +43,8 @@ def test_a_program_that_fails_while_it_trains_may_be_started_again(capsys):
 
 @pytest.mark.parametrize("line", ["print('report')", "print('report' * 100_000, flush=True)"])
 def test_a_reader_may_leave(line):
-    code = f"import sys; from experiments.command_line import exit_status; sys.exit(exit_status(lambda: {line} or 0))"
+    imports = "import sys; from engram_jax.commands.command_line import exit_status"
+    code = f"{imports}; sys.exit(exit_status(lambda: {line} or 0))"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""

@@ -12,13 +12,14 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from engram_jax.commands.compare import main
+from engram_jax.comparison.picture import STYLES, smoothed
+from engram_jax.comparison.report import report
+from engram_jax.comparison.run_groups import Run, grouped
 from engram_jax.config import RunConfig, replace, to_dict
 from engram_jax.counts import parameters
-from engram_jax.evaluation.frequency import bucket_names
-from experiments.compare import main, report
-from experiments.compare_picture import STYLES, smoothed
-from experiments.run_groups import Run, grouped
-from experiments.runs import engram_tiny, moe_tiny
+from engram_jax.data.ngram_frequency import bucket_names
+from experiments.runs.sizes import engram_tiny, moe_tiny
 
 MOE = replace(moe_tiny(), name="moe_tiny", train__steps=300)
 ENGRAM = replace(engram_tiny(), name="engram_tiny", train__steps=300)
@@ -245,7 +246,7 @@ def test_an_output_that_cannot_be_written_is_one_line(capsys, monkeypatch, tmp_p
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("experiments.compare_picture.draw", full)
+    monkeypatch.setattr("engram_jax.comparison.picture.draw", full)
     assert main([str(path), "--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("error: picture and table cannot be written")
 
@@ -275,7 +276,10 @@ def test_a_missing_folder_no_folder_and_a_run_given_twice(capsys, tmp_path):
 
 
 def test_help_is_quick_and_says_what_is_written():
-    code = "import sys, experiments.compare as c\ntry: c.main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    code = (
+        "import sys, engram_jax.commands.compare as c\n"
+        "try: c.main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "compare.png" in done.stdout and "--output" in done.stdout
 

@@ -10,10 +10,10 @@ from engram_jax.analysis.cka import soft_alignment
 from engram_jax.analysis.logit_lens import DIRECTIONS
 from engram_jax.analysis.token_classes import CLASSES
 from engram_jax.evaluation.statistics import Metric
-from experiments.studies.depth import last_tokens, likenesses, paper
-from experiments.studies.depth_picture import PAPERS_K, draw
-from experiments.studies.depth_report import Likeness, Measured, nearest, report, rows, verdict
-from experiments.studies.pair import ENGRAM, MOE
+from experiments.studies.analyses.depth.measure import last_tokens, likenesses, paper
+from experiments.studies.analyses.depth.picture import PAPERS_K, draw
+from experiments.studies.analyses.depth.report import Likeness, Measured, nearest, report, rows, verdict
+from experiments.studies.trained.pair import ENGRAM, MOE
 
 LAYERS = 12
 

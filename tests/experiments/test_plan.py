@@ -7,15 +7,15 @@ import shlex
 import pytest
 
 from engram_jax.aot.chips import topology
+from engram_jax.aot.slices import laid_out
 from engram_jax.config import ConfigError, replace, to_dict
 from engram_jax.counts import flops_per_token, leaves, parameters
-from engram_jax.training import run_folder
-from experiments import estimates
+from engram_jax.runs import settings
 from experiments import run as run_command
-from experiments.launch import commands, gcloud_type, overrides
 from experiments.plan import main, plan
-from experiments.registry import build
-from experiments.slices import laid_out
+from experiments.pods import estimates
+from experiments.pods.launch import commands, gcloud_type, overrides
+from experiments.runs.registry import build
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_the_printed_commands_train_the_planned_runs(capsys, said, budget, slice
     options = [word for name, value in ratios.items() for word in (f"--{name}", str(value))]
     status, out, _ = said(capsys, "--budget", f"{budget:g}", "--topology", slice_name, *options)
     assert status == 0
-    from experiments.scaling import Ratios
+    from experiments.runs.scaling import Ratios
 
     made = plan(budget, topology(slice_name), Ratios(**ratios))
     lines = [line for line in out.splitlines() if line.startswith("python -m experiments.run ")]
@@ -200,6 +200,6 @@ def test_a_run_may_go_on_on_any_slice(name, tmp_path):
 
     (tmp_path / "config.json").write_text(json.dumps(to_dict(on("v5p-64"))))
     for chips in ("v5p-128", "v6e-256"):
-        run_folder.check(tmp_path, on(chips))
+        settings.check(tmp_path, on(chips))
     with pytest.raises(ConfigError, match=r"other settings \(train\.steps"):
-        run_folder.check(tmp_path, replace(on("v5p-128"), train__steps=1_000))
+        settings.check(tmp_path, replace(on("v5p-128"), train__steps=1_000))

@@ -10,9 +10,9 @@ import pytest
 from engram_jax.config import ConfigError, RunConfig, from_dict, replace, to_dict
 from engram_jax.counts import flops_per_token, parameters
 from engram_jax.optimizers.schedules import learning_rate
-from experiments.registry import RUNS, build
-from experiments.runs import engram_tiny, moe_tiny
-from experiments.twins import active_width, dense_twin, engram_twin
+from experiments.runs.registry import RUNS, build
+from experiments.runs.sizes import engram_tiny, moe_tiny
+from experiments.runs.twins import active_width, dense_twin, engram_twin
 
 GOLDEN = Path(__file__).parents[1] / "data" / "configs"
 UPDATE = "UPDATE_CONFIGS=1 pytest tests/experiments/test_runs.py"

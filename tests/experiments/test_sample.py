@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from engram_jax.commands.sample import Options, answer_file, main, show
 from engram_jax.config import (
     AttentionConfig,
     CheckpointConfig,
@@ -21,11 +22,10 @@ from engram_jax.config import (
     to_dict,
 )
 from engram_jax.data.tokenizer import train_tokenizer
+from engram_jax.errors import RunError
 from engram_jax.inference.sampling import Sampling
-from engram_jax.training.assembly import assemble
-from engram_jax.training.checkpoint import Checkpoints
-from engram_jax.training.errors import RunError
-from experiments.sample import Options, answer_file, main, show
+from engram_jax.runs.checkpoint import Checkpoints
+from engram_jax.runs.parts import assemble
 
 VOCAB_SIZE = 300
 CONFIG = RunConfig(
@@ -190,7 +190,7 @@ def test_answers_that_cannot_be_put_in_their_place_are_kept(monkeypatch, tokeniz
 
 @pytest.mark.parametrize(("out", "message"), [("nowhere/a.jsonl", "No such file"), (".", "Is a directory")])
 def test_where_answers_go_is_tried_before_a_model_is_loaded(capsys, monkeypatch, tmp_path, out, message):
-    monkeypatch.setattr("engram_jax.training.run_folder.load_run", None)
+    monkeypatch.setattr("engram_jax.runs.load.load_run", None)
     (tmp_path / "prompts").write_text("a\n")
     assert main([str(tmp_path), "--prompts", str(tmp_path / "prompts"), "--out", str(tmp_path / out)]) == 2
     streams = capsys.readouterr()

@@ -8,11 +8,11 @@ import pytest
 
 from engram_jax.config import ConfigError
 from engram_jax.counts import parameters, sparse_parameters
-from experiments import scaling
-from experiments.ladder import RUNGS
-from experiments.registry import RUNS, build
 from experiments.run import main
-from experiments.studies.declared import TOTAL, Point, prove
+from experiments.runs import scaling
+from experiments.runs.ladder import RUNGS
+from experiments.runs.registry import RUNS, build
+from experiments.studies.engine.declared import TOTAL, Point, prove
 
 KINDS = ("dense", "moe", "engram")
 

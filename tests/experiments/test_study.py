@@ -10,14 +10,15 @@ from scipy import stats
 
 from engram_jax.config import ConfigError, replace
 from engram_jax.counts import flops_per_token, parameters, sparse_parameters
-from engram_jax.training.errors import RunError
+from engram_jax.errors import RunError
 from experiments import study as command
-from experiments.runs import engram_tiny, moe_tiny
-from experiments.studies import STUDIES, fits
-from experiments.studies.allocation import ALLOCATION
-from experiments.studies.declared import TOTAL, Point, by_series, prove
-from experiments.studies.execute import run_dir
-from experiments.studies.report import write_report
+from experiments.runs.sizes import engram_tiny, moe_tiny
+from experiments.studies import STUDIES
+from experiments.studies.engine import fits
+from experiments.studies.engine.declared import TOTAL, Point, by_series, prove
+from experiments.studies.engine.execute import run_dir
+from experiments.studies.engine.report import write_report
+from experiments.studies.trained.allocation import ALLOCATION
 
 
 def valley(points, study_dir, seeds, lowest, noise=0.002):

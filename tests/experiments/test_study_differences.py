@@ -12,13 +12,14 @@ from engram_jax.config import ConfigError, replace
 from engram_jax.config import differences as differences_of
 from engram_jax.counts import flops_per_token, parameters
 from experiments import study as command
-from experiments.runs import engram_tiny
-from experiments.studies import STUDIES, differences, fits
-from experiments.studies.allocation import ALLOCATION
-from experiments.studies.declared import ACTIVE, FLOPS, TOTAL, Point, by_series, prove
-from experiments.studies.execute import run_dir
-from experiments.studies.layers import LAYERS
-from experiments.studies.report import budget_notes, write_report
+from experiments.runs.sizes import engram_tiny
+from experiments.studies import STUDIES
+from experiments.studies.engine import differences, fits
+from experiments.studies.engine.declared import ACTIVE, FLOPS, TOTAL, Point, by_series, prove
+from experiments.studies.engine.execute import run_dir
+from experiments.studies.engine.report import budget_notes, write_report
+from experiments.studies.trained.allocation import ALLOCATION
+from experiments.studies.trained.layers import LAYERS
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ import pytest
 from finished_runs import finish
 
 from engram_jax.config import ConfigError, replace
-from engram_jax.training.errors import MISTAKEN, TERMINATED
+from engram_jax.errors import MISTAKEN, TERMINATED
 from experiments import study as command
 from experiments.studies import STUDIES
-from experiments.studies.declared import Point
-from experiments.studies.execute import agree_on_plan, execute, run_dir
-from experiments.studies.files import write_text
-from experiments.studies.known import known_runs
-from experiments.studies.results import results
+from experiments.studies.engine.declared import Point
+from experiments.studies.engine.execute import agree_on_plan, execute, run_dir
+from experiments.studies.engine.files import write_text
+from experiments.studies.engine.finished_runs import runs_from_files
+from experiments.studies.engine.results import results
 
 # --- shared and resumed ---
 
@@ -209,7 +209,7 @@ def test_published_numbers_are_those_of_the_study_as_it_is(name):
     points = STUDIES[name].at(STUDIES[name].scales["tiny"]())
     file = Path(command.__file__).parent / "results" / name / "results.jsonl"
     lines = file.read_text().splitlines()
-    assert len(known_runs([file], points, 3)) == len(lines) > 0
+    assert len(runs_from_files([file], points, 3)) == len(lines) > 0
 
 
 # --- the corpus ---

@@ -16,7 +16,7 @@ from engram_jax.config import (
     YarnConfig,
     replace,
 )
-from engram_jax.training.assembly import assemble
+from engram_jax.runs.parts import assemble
 
 VOCAB_SIZE = 300
 BATCH, MAX_LEN = 3, 40  # of all tests here: each other shape would be another compilation

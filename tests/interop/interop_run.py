@@ -19,10 +19,10 @@ from engram_jax.config import (
     to_dict,
 )
 from engram_jax.data.tokenizer import load_tokenizer
-from engram_jax.training import run_folder
-from engram_jax.training.assembly import Parts, assemble
-from engram_jax.training.checkpoint import Checkpoints
-from engram_jax.training.state import TrainState
+from engram_jax.runs import run_folder, settings
+from engram_jax.runs.checkpoint import Checkpoints
+from engram_jax.runs.parts import Parts, assemble
+from engram_jax.runs.state import TrainState
 
 VOCAB_SIZE = 300
 STEP = 7
@@ -99,7 +99,7 @@ def make_run(folder, config, tokenizer_file, devices=2):
             buffers=randomized(state.buffers, rng),
             memory=replace(state.memory, tables=tables, rows_used=used),
         )
-        run_folder.write_json(folder / "config.json", to_dict(parts.config))
+        settings.write_json(folder / "config.json", to_dict(parts.config))
         (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
         meta = {
             "format": run_folder.FORMAT,

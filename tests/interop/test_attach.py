@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from interop_run import CONFIG, make_run
 
+from engram_jax.commands.attach import MEMORY_SHARE, attached, default_memory, main
 from engram_jax.config import ConfigError, EngramConfig, replace, to_dict
 from engram_jax.counts import parameters
+from engram_jax.runs.load import load_run
 from engram_jax.training.metrics import read_metrics
-from engram_jax.training.run_folder import load_run
-from experiments.attach import MEMORY_SHARE, attached, default_memory, main
-from experiments.registry import build
+from experiments.runs.registry import build
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_attached_memory_is_silent_then_learns_alone(backbone, corpus, tmp_path,
         "--train.mesh_fsdp": 8,
         "--data.batch_size": 8,
         "--model.engram.engram_vocab_size": 53,
-        "--memory.sight_every": 0,
+        "--memory.monitor_every": 0,
     }
     words = [str(word) for pair in options.items() for word in pair]
     assert main([str(backbone.folder), "with_memory", *words]) == 0

@@ -14,9 +14,9 @@ from foreign import LAYER, TOKENS, D, M, make_store, next_primes, our_update, ro
 from tokenizers import Tokenizer
 
 from engram_jax.config import ConfigError
+from engram_jax.errors import RunError
 from engram_jax.interop import deepseek_v41, shards, table_sources
 from engram_jax.memory.compression import TokenMap
-from engram_jax.training.errors import RunError
 
 V41 = {
     "engram_layer_ids": [LAYER, 3],

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from engram_jax.commands import export
+from engram_jax.commands import import_run as import_command
 from engram_jax.config import ConfigError
+from engram_jax.errors import RunError
 from engram_jax.interop import runs, shards
 from engram_jax.interop.runs import export_run, import_run
-from engram_jax.training.errors import RunError
-from engram_jax.training.run_folder import check_meta, load_run
-from experiments import export
-from experiments import import_run as import_command
+from engram_jax.runs.load import load_run
+from engram_jax.runs.run_folder import check_meta
 
 INDEX = "model.safetensors.index.json"
 

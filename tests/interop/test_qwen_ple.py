@@ -10,8 +10,8 @@ import pytest
 from foreign import LAYER, TOKENS, D, M, make_store, next_primes, our_update, row_ids, write
 
 from engram_jax.config import ConfigError
+from engram_jax.errors import RunError
 from engram_jax.interop import qwen_ple, table_sources
-from engram_jax.training.errors import RunError
 
 QWEN = {
     "ple_layer_ids": [LAYER + 1],

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import two_process_worker as worker
 
+from engram_jax.runs.table_checkpoint import restore_tables
 from engram_jax.sharding import make_mesh
-from engram_jax.training.table_checkpoint import restore_tables
 
 pytestmark = pytest.mark.newest
 

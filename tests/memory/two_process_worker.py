@@ -21,8 +21,8 @@ from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.plan import RowIdError, check, fits
 from engram_jax.memory.row_optimizers import CatchUpAdam
 from engram_jax.memory.store import MemoryStore
+from engram_jax.runs.table_checkpoint import save_tables
 from engram_jax.sharding import lookups, make_mesh
-from engram_jax.training.table_checkpoint import save_tables
 
 V, B, T, D, STEPS = 60, 16, 12, 4, 20
 CONFIG = EngramConfig(engram_layer_ids=(0, 2), engram_n_heads=2, engram_head_dim=D, engram_vocab_size=(41, 67))

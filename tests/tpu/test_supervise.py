@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engram_jax.training import errors
+from engram_jax import errors
 from tpu import supervise
 from tpu.checks import REPOSITORY
 from tpu.supervise import Files, Supervisor, hold, newest_step

@@ -9,9 +9,9 @@ import time
 from operator import attrgetter
 from pathlib import Path
 
+from engram_jax.commands.command_line import field_paths
 from engram_jax.training.metrics import read_metrics
-from experiments.command_line import field_paths
-from experiments.registry import build
+from experiments.runs.registry import build
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300
@@ -59,7 +59,7 @@ class Together(Command):
 
     PROGRAM = """
 import sys
-from engram_jax.training import distributed
+from engram_jax import distributed
 distributed.HEARTBEAT_SECONDS, distributed.LEAVE_SECONDS = 10, 20
 from experiments.run import main
 sys.exit(main(sys.argv[1:]))

@@ -26,8 +26,8 @@ from engram_jax.config import (
     TrainConfig,
 )
 from engram_jax.data.tokenizer import train_tokenizer
+from engram_jax.runs.state import TrainState
 from engram_jax.training.loop import TrainResult, train
-from engram_jax.training.state import TrainState
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -8,9 +8,10 @@ import sys
 import jax
 import pytest
 
+from engram_jax import distributed
 from engram_jax.config import ConfigError, RunConfig, replace, to_dict
-from engram_jax.training import distributed, run_folder
-from engram_jax.training.errors import PeersError
+from engram_jax.errors import PeersError
+from engram_jax.runs import run_folder
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -132,7 +133,7 @@ def test_a_lone_machine_with_the_tpu_library_asks_nobody():
 import socket, sys
 def refuse(*_, **__): raise AssertionError("a connection")
 socket.socket.connect = socket.getaddrinfo = refuse
-from engram_jax.training import distributed
+from engram_jax import distributed
 distributed.start(log=refuse)
 import jax
 from jax._src import xla_bridge
@@ -146,20 +147,21 @@ assert not jax.distributed.is_initialized() and not xla_bridge.backends_are_init
 PAIR = """
 import sys, types
 from pathlib import Path
-from engram_jax.training import distributed, door
-from engram_jax.training.distributed import agree, exchange
+from engram_jax import distributed
+from engram_jax.training import run_folder_checks
+from engram_jax.distributed import agree, exchange
 port, me = sys.argv[1], int(sys.argv[2])
 distributed.EXCHANGE_SECONDS, distributed.LEAVE_SECONDS = 2, 2
 distributed.start(f"localhost:{port}", 2, me)
 assert exchange(f"I am {me}") == ["I am 0", "I am 1"]
 assert agree("") == ""
 assert agree("no room" if me == 1 else "") == "no room (process 1)"
-door.time = types.SimpleNamespace(sleep=lambda _: None)
+run_folder_checks.time = types.SimpleNamespace(sleep=lambda _: None)
 for shared in (True, False):
     try:
-        with door.folder_of_one_run(Path(sys.argv[3]) / ("shared" if shared else str(me))):
+        with run_folder_checks.folder_of_one_run(Path(sys.argv[3]) / ("shared" if shared else str(me))):
             assert shared
-    except door.ConfigError as error:
+    except run_folder_checks.ConfigError as error:
         assert not shared and "is not the folder that process 0 has" in str(error)
 if me == 1:
     try:

@@ -10,14 +10,15 @@ import pytest
 
 from engram_jax.config import CheckpointConfig, ConfigError, EngramConfig, YarnConfig, replace, to_dict
 from engram_jax.data.tokenizer import train_tokenizer
+from engram_jax.errors import RunError
+from engram_jax.runs.checkpoint import Checkpoints
+from engram_jax.runs.load import load_run
+from engram_jax.runs.parts import assemble
+from engram_jax.runs.run_folder import meta
 from engram_jax.sharding import spec
-from engram_jax.training.assembly import assemble
-from engram_jax.training.checkpoint import Checkpoints
-from engram_jax.training.errors import RunError
 from engram_jax.training.init_from import find_source, initial_state
 from engram_jax.training.loop import train
 from engram_jax.training.planner import Planner
-from engram_jax.training.run_folder import load_run, meta
 from engram_jax.training.step import make_eval_step, make_train_step
 
 pytestmark = pytest.mark.newest

@@ -11,11 +11,11 @@ import pytest
 
 from engram_jax.config import ConfigError, RunConfig, from_dict, replace
 from engram_jax.data.loader import load_data
+from engram_jax.errors import RunError
+from engram_jax.runs.load import load_run
 from engram_jax.training import stepper
-from engram_jax.training.errors import RunError
 from engram_jax.training.loop import train
 from engram_jax.training.metrics import read_metrics
-from engram_jax.training.run_folder import load_run
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_the_old_state_is_donated_and_no_transfer_goes_unseen(config, tmp_path, 
     original = stepper.make_train_step
     monkeypatch.setattr(stepper, "make_train_step", make_train_step)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
-        train(replace(config, memory__sight_every=2), tmp_path)
+        train(replace(config, memory__monitor_every=2), tmp_path)
     assert kept == [[], [], []]
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from engram_jax.config import EngramConfig
+from engram_jax.errors import RunError
 from engram_jax.memory import store as store_module
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.plan import Capacity, capacity, fits, overflow
 from engram_jax.memory.row_optimizers import CatchUpAdam
 from engram_jax.memory.store import MemoryStore
 from engram_jax.sharding import BATCH, make_mesh
-from engram_jax.training.errors import RunError
 from engram_jax.training.planner import MULTIPLE, SLACK, PlannedBatches, Planner
 
 pytestmark = pytest.mark.newest

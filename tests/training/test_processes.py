@@ -7,8 +7,8 @@ import pytest
 from commands import Together, numbers
 
 from engram_jax.config import replace
-from engram_jax.training.checkpoint import UNFINISHED
-from engram_jax.training.errors import GOES_ON, MISTAKEN, TERMINATED
+from engram_jax.errors import GOES_ON, MISTAKEN, TERMINATED
+from engram_jax.runs.checkpoint import UNFINISHED
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +18,7 @@ def command(config, compiled_programs):
     """`command(run_dir, processes, devices of each, **changes)`"""
 
     def build(run_dir, count, devices, **changes):
-        return Together(replace(config, memory__sight_every=5, **changes), run_dir, compiled_programs, count, devices)
+        return Together(replace(config, memory__monitor_every=5, **changes), run_dir, compiled_programs, count, devices)
 
     return build
 

@@ -13,10 +13,10 @@ import pytest
 from commands import Command, numbers
 
 from engram_jax.config import replace
-from engram_jax.training.checkpoint import UNFINISHED
-from engram_jax.training.errors import INTERRUPTED, TERMINATED
+from engram_jax.errors import INTERRUPTED, TERMINATED
+from engram_jax.runs.checkpoint import UNFINISHED
+from engram_jax.runs.load import load_run
 from engram_jax.training.loop import train
-from engram_jax.training.run_folder import load_run
 
 
 def outcome(folder):

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from engram_jax.config import replace
+from engram_jax.runs.parts import Parts, assemble
 from engram_jax.sharding import BATCH, spec
-from engram_jax.training.assembly import Parts, assemble
 from engram_jax.training.planner import Planner
 from engram_jax.training.step import make_eval_step, make_train_step
 

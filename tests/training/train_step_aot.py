@@ -43,8 +43,8 @@ def compile_step(topology: str, placement: str) -> dict[str, Any]:
         TrainConfig,
     )
     from engram_jax.data.tokenizer import train_tokenizer
+    from engram_jax.runs.parts import assemble
     from engram_jax.sharding import BATCH
-    from engram_jax.training.assembly import assemble
     from engram_jax.training.planner import Planner
     from engram_jax.training.step import make_train_step
 

@@ -13,9 +13,9 @@ from engram_jax.evaluation.statistics import Metric, mean
 from engram_jax.evaluation.tasks import Result, Shared, register
 
 if TYPE_CHECKING:
+    from engram_jax.evaluation.evaluated_run import EvaluatedRun
     from engram_jax.evaluation.ruler.items import Family, Item
     from engram_jax.evaluation.ruler.words import Texts
-    from engram_jax.evaluation.under_test import UnderTest
 
 SHOWN = 2
 """Items of each family that the results file shows, with what the model wrote."""
@@ -61,7 +61,7 @@ class Ruler:
         for length in self.lengths:
             require(length > 0, f"ruler.lengths={self.lengths}: each must be positive.")
 
-    def __call__(self, model: UnderTest, shared: Shared, argument: str = "") -> Result:
+    def __call__(self, model: EvaluatedRun, shared: Shared, argument: str = "") -> Result:
         from engram_jax.evaluation.ruler.families import chosen
         from engram_jax.evaluation.ruler.files import write_items
         from engram_jax.evaluation.ruler.scoring import SCORES
@@ -87,7 +87,7 @@ class Ruler:
         return Result(metrics, {"seed": shared.seed, "samples": count, "too_long": too_long, "families": details})
 
     def _parts(
-        self, model: UnderTest, shared: Shared, families: Sequence[Family], count: int
+        self, model: EvaluatedRun, shared: Shared, families: Sequence[Family], count: int
     ) -> tuple[list[Part], dict[str, int]]:
         """All items, and the least length of each family that does not fit (`cwe@512` -> 1029).
 
@@ -120,7 +120,7 @@ class Ruler:
             model.log(f"ruler: {name} is left out, because its items need about {least:,} tokens with this tokenizer.")
         return parts, too_long
 
-    def _texts(self, model: UnderTest, shared: Shared) -> Texts:
+    def _texts(self, model: EvaluatedRun, shared: Shared) -> Texts:
         from engram_jax.evaluation.documents import OwnText, open_documents
         from engram_jax.evaluation.ruler.question_files import read_hotpot, read_squad
         from engram_jax.evaluation.ruler.words import Texts
@@ -131,7 +131,7 @@ class Ruler:
         return Texts.of((model.tokenizer.decode(ids.tolist()) for ids in documents), squad=squad, hotpot=hotpot)
 
 
-def answers(model: UnderTest, items: Sequence[Item]) -> list[str]:
+def answers(model: EvaluatedRun, items: Sequence[Item]) -> list[str]:
     """What the model writes after each prompt, greedily, within the item's budget."""
     texts = [""] * len(items)
     for budget in sorted({item.tokens_to_generate for item in items}):

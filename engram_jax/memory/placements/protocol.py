@@ -24,7 +24,7 @@ class Placement(Protocol):
 
     @property
     def in_program(self) -> bool:
-        """False: the rows lie where a compiled program cannot reach them; memory/outside.py carries them in and out."""
+        """Whether a compiled program can reach the rows. Otherwise memory/numpy_tables.py carries them in and out."""
         ...
 
     @classmethod
