@@ -10,11 +10,20 @@ The exit statuses of `python -m experiments.run`, which whoever starts it again 
     any other, death by a signal among them: start again, later
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 FINISHED, FAILED, MISTAKEN, PEERS_LOST, TERMINATED, INTERRUPTED = 0, 1, 2, 70, 75, 130
 
 GOES_ON = (
     "The same command on all processes continues from the last checkpoint, or begins again where there is none yet."
 )
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the field, its value and the remedy."""
 
 
 class RunError(RuntimeError):
@@ -23,3 +32,14 @@ class RunError(RuntimeError):
 
 class PeersError(RuntimeError):
     """Other processes of the run are gone or did not come: to start again may help."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`; the nearest is 'x'`, or nothing if none of the choices is close."""
+    near = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; the nearest is {near[0]!r}" if near else ""

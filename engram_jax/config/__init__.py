@@ -4,10 +4,10 @@ Field names are the field's own: DeepSeek's and Hugging Face's where they exist 
 `engram_n_heads`). A wrong value raises `ConfigError` with the field, the value and the remedy, before any compiling.
 """
 
-from engram_jax.config.checks import ConfigError, nearest, require
 from engram_jax.config.model import AttentionConfig, EngramConfig, ModelConfig, MoEConfig, YarnConfig
 from engram_jax.config.nested import differences, from_dict, replace, to_dict
 from engram_jax.config.run import CheckpointConfig, DataConfig, MemoryConfig, OptimizerConfig, RunConfig, TrainConfig
+from engram_jax.errors import ConfigError, nearest, require
 
 __all__ = [
     "AttentionConfig",

@@ -1,19 +1,10 @@
-"""What every config does with a setting that cannot work."""
+"""Checks that every config makes of itself."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the field, its value and the remedy."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+from engram_jax.errors import require
 
 
 def check_literals(config: Any) -> None:
@@ -27,9 +18,3 @@ def check_literals(config: Any) -> None:
             allowed = get_args(hint)
             wrong = [v for v in values if v not in allowed]
             require(not wrong, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """`; the nearest is 'x'`, or nothing if none of the choices is close."""
-    near = difflib.get_close_matches(word, list(choices), n=1)
-    return f"; the nearest is {near[0]!r}" if near else ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engram_jax.config.checks import check_literals, require
+from engram_jax.config.checks import check_literals
+from engram_jax.errors import require
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
-from engram_jax.config.checks import require
 from engram_jax.config.run import RunConfig
+from engram_jax.errors import require
 
 T = TypeVar("T")
 

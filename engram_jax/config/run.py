@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engram_jax.config.checks import check_literals, require
+from engram_jax.config import names
+from engram_jax.config.checks import check_literals
 from engram_jax.config.model import ModelConfig
+from engram_jax.errors import require
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ class OptimizerConfig:
     adam_eps: float = 1e-20
     clip_norm: float = 1.0
     """Global norm over all gradients, row gradients included. 0: no clipping."""
-    table_optimizer: Literal[
-        "catch_up_adam", "dense_adam", "lazy_adam", "rowwise_adagrad", "rowwise_rmsprop", "sinkhorn", "frozen"
-    ] = "catch_up_adam"
+    table_optimizer: names.RowOptimizer = "catch_up_adam"
     """catch_up_adam: dense Adam's trajectory at the cost of the rows looked up, 8 bytes of state per number.
     rowwise_adagrad, rowwise_rmsprop: 4 and 8 bytes per row. sinkhorn: V4.1's, 4 bytes per number. The latter and
     dense_adam, the test oracle, cost time in proportion to the table. lazy_adam: rows stand still while nobody reads
@@ -109,7 +109,7 @@ class OptimizerConfig:
 class MemoryConfig:
     """Where the tables lie and how their rows travel. Only `row_dtype` touches the numbers of a run."""
 
-    placement: Literal["device", "host", "tiered", "numpy"] = "device"
+    placement: names.Placement = "device"
     """`device`; `host`: pinned host memory, read and written inside the compiled step; `tiered`: the rows used most on
     the device, the rest on the host; `numpy`: arrays or memory-mapped files of the Python process, on any backend."""
     row_dtype: Literal["float32", "bfloat16"] = "float32"
