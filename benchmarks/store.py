@@ -109,9 +109,9 @@ def make_store(num_rows: int, placement: str, shards: int) -> Any:
 
     from engram_jax.config import EngramConfig, MemoryConfig
     from engram_jax.memory.compression import TokenMap
-    from engram_jax.memory.placements import PLACEMENTS
     from engram_jax.memory.row_optimizers import CatchUpAdam
     from engram_jax.memory.store import MemoryStore
+    from engram_jax.registries import PLACEMENTS
 
     config = EngramConfig(engram_layer_ids=(0,), engram_head_dim=WIDTH, engram_vocab_size=num_rows // 16)
     where = PLACEMENTS[placement].create(MemoryConfig(placement=placement), "cpu")  # type: ignore[arg-type]

@@ -1,20 +1,22 @@
 """What a model holds and what a step costs, from its config alone: parameters, FLOPs, bytes of state and exchange.
 
-`leaves` lists every weight of the backbone, and everything else is a sum over it, so the groups add up to the total.
-The tables are counted apart: their rows are looked up, never multiplied, and stay out of the parameters.
+`leaves` lists every weight of the backbone, and other counts are sums over it, so the groups add up to the total.
+The tables are counted apart: their rows are looked up, never multiplied, and are not among the backbone's parameters.
 
-    D hidden, N heads, R latent, F ffn width, E experts, M streams, V vocabulary (suffixes as in the layers)
+    D hidden, F ffn width, E experts, V vocabulary (suffixes as in the layers)
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from engram_jax.config import MemoryConfig, ModelConfig, OptimizerConfig, RunConfig
-from engram_jax.optimizers.roles import ROLES
+from engram_jax.optimizers.roles import roles
+from engram_jax.registries import ATTENTION, READERS
+from engram_jax.variants.weights import STREAM_MODULES, WeightSpec, stream_weights
 
 GROUPS = (
     *("embedding", "head", "attention", "dense_ffn", "routed_experts", "shared_experts", "router"),
@@ -26,13 +28,18 @@ DEVICE_COUNTS = (1, 8, 64, 512)
 
 @dataclass(frozen=True)
 class Leaf:
-    """One kind of weight: its shape in one block, how many blocks hold it, and the share of it a token uses."""
+    """One kind of weight."""
 
     group: str
+    """One of `GROUPS`."""
     name: str
+    """The last part of the parameter's name."""
     shape: tuple[int, ...]
+    """In one block."""
     copies: int = 1
+    """How many blocks hold the weight."""
     used: float = 1.0
+    """The share of the weight that one token uses."""
 
     @property
     def size(self) -> int:
@@ -53,24 +60,12 @@ def _ends(config: ModelConfig) -> Iterator[Leaf]:
     yield Leaf("norms", "gain", (D,), 2 * config.num_hidden_layers + 1)
 
 
-def _value_dim(config: ModelConfig) -> int:
-    """Width of a value head; queries, keys and values of GQA share one."""
-    a = config.attention
-    return a.v_head_dim if a.kind == "mla" else a.qk_head_dim
+def _declared(weights: Iterable[WeightSpec], copies: int) -> Iterator[Leaf]:
+    return (Leaf(weight.group, weight.leaf, weight.shape, copies) for weight in weights)
 
 
 def _attention(config: ModelConfig) -> Iterator[Leaf]:
-    a, D, L = config.attention, config.hidden_size, config.num_hidden_layers
-    N, H, V = a.num_attention_heads, a.qk_head_dim, _value_dim(config)
-    yield Leaf("attention", "q_dnh", (D, N, H), L)
-    if a.kind == "mla":
-        yield Leaf("attention", "kv_down_dr", (D, a.kv_lora_rank + a.qk_rope_head_dim), L)
-        yield Leaf("norms", "gain", (a.kv_lora_rank,), L)
-        yield Leaf("attention", "kv_up_rnh", (a.kv_lora_rank, N, a.qk_nope_head_dim + V), L)
-    else:
-        yield Leaf("attention", "k_dgh", (D, a.num_key_value_heads, H), L)
-        yield Leaf("attention", "v_dgh", (D, a.num_key_value_heads, V), L)
-    yield Leaf("attention", "o_nhd", (N, V, D), L)
+    return _declared(ATTENTION[config.attention.kind].weights(config), config.num_hidden_layers)
 
 
 def _gated(group: str, width: int, config: ModelConfig, copies: int) -> Iterator[Leaf]:
@@ -93,40 +88,15 @@ def _ffn(config: ModelConfig) -> Iterator[Leaf]:
 
 
 def _streams(config: ModelConfig) -> Iterator[Leaf]:
-    M, C = config.hc_mult, config.hc_mult * config.hidden_size
-    if M > 1:
-        shapes = {"phi_pre_cm": (C, M), "phi_post_cm": (C, M), "phi_res_cm": (C, M * M), "alpha": (3,)}
-        shapes |= {"bias_pre": (M,), "bias_post": (M,), "bias_res": (M, M)}
-        for name, shape in shapes.items():
-            yield Leaf("hyper_connections", name, shape, 2 * config.num_hidden_layers)
-
-
-def _port(config: ModelConfig, copies: int) -> Iterator[Leaf]:
-    M, C = config.hc_mult, config.hc_mult * config.hidden_size
-    shapes = {"phi_pre_cm": (C, M), "phi_post_cm": (C, M), "alpha": (2,), "bias_pre": (M,), "bias_post": (M,)}
-    for name, shape in shapes.items():
-        yield Leaf("hyper_connections", name, shape, copies)
+    if config.hc_mult > 1:
+        for module, file in STREAM_MODULES.items():
+            yield from _declared(stream_weights(config, module, file), config.num_hidden_layers)
 
 
 def _readers(config: ModelConfig) -> Iterator[Leaf]:
-    engram, M, D, L = config.engram, config.engram_branches, config.hidden_size, len(config.engram.engram_layer_ids)
-    if not L:
-        return
-    if engram.engram_variant == "over_encoding":
-        yield Leaf("engram_projections", "slice_hed", (engram.num_rows_per_token, engram.engram_head_dim, D), L)
-        return
-    keys = 0 if "gate" in engram.engram_without else M
-    yield Leaf("engram_projections", "key_value_emd", (engram.memory_dim, keys + 1, D), L)
-    if engram.engram_bias:
-        yield Leaf("engram_projections", "key_value_bias_md", (keys + 1, D), L)
-    if keys:
-        yield Leaf("norms", "query_norm", (M, D), L)
-        yield Leaf("norms", "key_norm", (M, D), L)
-    if "multi_branch" in engram.engram_without:
-        yield from _port(config, L)
-    if engram.engram_kernel_size:
-        yield Leaf("norms", "conv_norm", (M, D), L)
-        yield Leaf("engram_conv", "conv_kmd", (engram.engram_kernel_size, M, D), L)
+    engram = config.engram
+    if engram.enabled:
+        yield from _declared(READERS[engram.engram_variant].weights(config), len(engram.engram_layer_ids))
 
 
 def head_rows(config: ModelConfig) -> dict[int, tuple[int, ...]]:
@@ -193,14 +163,30 @@ def sparse_parameters(config: ModelConfig) -> tuple[int, float]:
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Training FLOPs per token: 6 per weight of a matrix product, plus the attention scores and their sums.
 
-    Attention counts what a causal kernel must do in a row of one document: a mean of (seq_len + 1) / 2 keys per query,
-    2 FLOPs per key and dim forward and twice that backward. Elementwise work and the optimizer are left out.
+    Attention counts what its variant must do in a row of one document (`AttentionVariant.score_flops`), and twice that
+    backward. Elementwise work and the optimizer are left out.
     """
-    a = config.attention
-    matrices = sum(leaf.size * leaf.used for leaf in leaves(config) if ROLES[leaf.name].kind == "matrix")
+    role = roles(config)
+    matrices = sum(leaf.size * leaf.used for leaf in leaves(config) if role[leaf.name].kind == "matrix")
     logits = config.hidden_size * config.vocab_size
-    per_key = a.num_attention_heads * (a.qk_head_dim + _value_dim(config)) * config.num_hidden_layers
-    return 6 * (matrices + logits) + 6 * per_key * (seq_len + 1) / 2
+    scores = config.num_hidden_layers * ATTENTION[config.attention.kind].score_flops(config, seq_len)
+    return 6 * (matrices + logits) + 3 * scores
+
+
+def cache_bytes(config: ModelConfig, places: int, spare: int = 0) -> int:
+    """Bytes that decoding keeps of one sequence (inference/cache.py).
+
+    Args:
+      places: tokens that the sequence may have.
+      spare: tokens that can be taken back.
+    """
+    engram = config.engram
+    numbers = config.num_hidden_layers * ATTENTION[config.attention.kind].cache_numbers(config, places)
+    kept = config.itemsize * numbers + 4  # and the sequence's length, int32
+    if engram.enabled:
+        kept += 4 * (engram.engram_max_ngram_size - 1 + spare)  # canonical ids, int32
+        kept += len(engram.engram_layer_ids) * READERS[engram.engram_variant].cache_bytes(config, spare)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -222,7 +208,8 @@ def row_bytes(config: ModelConfig, optimizer: OptimizerConfig, memory: MemoryCon
     """Bytes of one row under the configured rule and dtype."""
     import numpy as np
 
-    from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS, bytes_per_row
+    from engram_jax.memory.row_optimizers import bytes_per_row
+    from engram_jax.registries import ROW_OPTIMIZERS
 
     rule = ROW_OPTIMIZERS[optimizer.table_optimizer].create(optimizer, np.ones(1))  # rates do not change the shapes
     return TableBytes(*bytes_per_row(rule, config.engram.engram_head_dim, memory.row_dtype), uses=4)
@@ -260,9 +247,9 @@ def state_bytes(config: ModelConfig, optimizer: OptimizerConfig, memory: MemoryC
 
     Muon keeps a momentum, AdamW two moments; tables as in `table_bytes`, without padding.
     """
-    total = Counter(dict.fromkeys(GROUPS, 0))
+    total, role = Counter(dict.fromkeys(GROUPS, 0)), roles(config)
     for leaf in leaves(config):
-        one_slot = ROLES[leaf.name].kind == "matrix" and optimizer.matrix_optimizer == "muon"
+        one_slot = role[leaf.name].kind == "matrix" and optimizer.matrix_optimizer == "muon"
         total[leaf.group] += 4 * leaf.size * (2 if one_slot else 3)
     total["memory"] = sum(table.total for table in table_bytes(config, optimizer, memory).values())
     return dict(total)

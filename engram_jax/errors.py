@@ -43,3 +43,11 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """`; the nearest is 'x'`, or nothing if none of the choices is close."""
     near = difflib.get_close_matches(word, list(choices), n=1)
     return f"; the nearest is {near[0]!r}" if near else ""
+
+
+def missing_extra(package: str, extra: str) -> str:
+    """The one way to say that a package of an optional extra is not installed."""
+    return (
+        f"{package} is not installed: it comes with the extra {extra!r}. In a clone: uv run --extra {extra} COMMAND; "
+        f"from PyPI: pip install 'engram_jax[{extra}]'."
+    )

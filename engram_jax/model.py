@@ -21,11 +21,11 @@ from flax import nnx
 from engram_jax.config import ModelConfig
 from engram_jax.layers import cross_entropy
 from engram_jax.layers.attention import make_attention
-from engram_jax.layers.engram_readers import reader_class
 from engram_jax.layers.ffn import FFN
 from engram_jax.layers.hyper_connections import HyperConnection, read_streams, write_streams
 from engram_jax.layers.moe import Buffer, MoE, MoEStats, updated_bias
 from engram_jax.layers.norm import RMSNorm
+from engram_jax.layers.reader import reader_class
 from engram_jax.sharding import in_use, spec
 
 T = TypeVar("T")

@@ -28,6 +28,12 @@ from engram_jax.errors import ConfigError, nearest
 T = TypeVar("T")
 
 
+def load(path: str) -> Any:
+    """The object that "module:attribute" names; imports the module."""
+    module, _, attribute = path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 class Registry(Mapping[str, T], Generic[T]):
     """Variants by name, in the order in which `--help` lists them; a module is imported when its variant is used."""
 
@@ -73,8 +79,7 @@ class Registry(Mapping[str, T], Generic[T]):
             hint = nearest(name, self) or f"; there are {', '.join(self)}"
             raise ConfigError(f"there is no {self.what} {name!r}{hint}.")
         if isinstance(self._entries[name], str):
-            module, _, attribute = self._entries[name].partition(":")
-            self._entries[name] = getattr(importlib.import_module(module), attribute)
+            self._entries[name] = load(self._entries[name])
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
@@ -104,7 +109,7 @@ ROW_OPTIMIZERS: Registry[Any] = Registry(
         "frozen": "engram_jax.memory.row_optimizers.frozen:FrozenRows",
     },
 )
-"""`optimizer.table_optimizer`: how the rows of the tables move (memory/row_optimizers/protocol.py)."""
+"""`optimizer.table_optimizer`: how the rows of the tables move (memory/row_optimizers/base.py)."""
 
 PLACEMENTS: Registry[Any] = Registry(
     "placement",
@@ -116,4 +121,46 @@ PLACEMENTS: Registry[Any] = Registry(
         "numpy": "engram_jax.memory.placements.numpy_arrays:NumpyPlacement",
     },
 )
-"""`memory.placement`: which memory holds the tables (memory/placements/protocol.py)."""
+"""`memory.placement`: which memory holds the tables (memory/placements/base.py)."""
+
+ATTENTION: Registry[Any] = Registry(
+    "attention",
+    "attention",
+    {"mla": "engram_jax.variants.mla:VARIANT", "gqa": "engram_jax.variants.gqa:VARIANT"},
+)
+"""`model.attention.kind`: how tokens see earlier tokens (variants/attention.py)."""
+
+READERS: Registry[Any] = Registry(
+    "reader",
+    "readers",
+    {
+        "paper": "engram_jax.variants.engram:PAPER",
+        "deepseek_v41": "engram_jax.variants.engram:DEEPSEEK_V41",
+        "qwen_ple": "engram_jax.variants.engram:QWEN_PLE",
+        "over_encoding": "engram_jax.variants.over_encoding:VARIANT",
+    },
+)
+"""`model.engram.engram_variant`: how table rows change the residual streams (variants/readers.py)."""
+
+HASHES: Registry[Any] = Registry(
+    "hash",
+    "hashes",
+    {
+        "deepseek": "engram_jax.memory.hashing:DEEPSEEK",
+        "qwen": "engram_jax.memory.hashing:QWEN",
+        "over_encoding": "engram_jax.memory.hashing:OVER_ENCODING",
+    },
+)
+"""How n-grams become rows, by the name in a reader's `hash` (memory/hashing.py)."""
+
+TASKS: Registry[Any] = Registry(
+    "task",
+    "tasks",
+    {
+        "perplexity": "engram_jax.evaluation.corpus_perplexity:Perplexity",
+        "longppl": "engram_jax.evaluation.long_ppl:LongPPL",
+        "ruler": "engram_jax.evaluation.ruler.task:Ruler",
+        "lm_eval": "engram_jax.evaluation.lm_eval_task:LmEval",
+    },
+)
+"""`engram-jax evaluate --tasks`: what is measured on a trained run (evaluation/tasks.py)."""

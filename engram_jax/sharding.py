@@ -51,8 +51,11 @@ STORED = ("embed", "expert_embed")
 
 
 def spec(*logical_dims: str | None) -> P | None:
-    """PartitionSpec of an array whose dims carry these logical names (None: never sharded); None outside a mesh."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """PartitionSpec of an array whose dims carry these logical names (None: never sharded); None outside a mesh.
+
+    None also on a mesh with other axes, that of a model with which a layer was built in (plugin.py).
+    """
+    if jax.sharding.get_abstract_mesh().axis_names != MESH_AXES:
         return None
     return P(*(LOGICAL_TO_MESH[dim] if dim is not None else None for dim in logical_dims))
 

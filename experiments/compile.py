@@ -1,24 +1,28 @@
-"""Compiles a run's steps for TPUs that are not there, and says what they need:
+"""Compiles a run's steps for a TPU slice and reports memory, time and network. No TPU is needed:
 
   python -m experiments.compile NAME --topology v5p-64 [--field value ...]
 
-  --topology v5p-64      64 chips of v5p (numbers are CHIPS; gcloud's v5p-128), or the slice's shape: v5p:4x4x4.
-                         Chips: v4, v5e, v5p, v6e, 7x. A wrong one lists those that there are.
-                         Mesh and sequences at a time are chosen for it (engram_jax/aot/slices.py), unless the overrides
-                         name an axis of the mesh or --train.grad_accum.
+  --list                 print all runs, one line each
+  --topology v5p-64      the slice: 64 chips of v5p, or its shape v5p:4x4x4. Numbers count chips; gcloud calls this
+                         slice v5p-128. The chips are v4, v5e, v5p, v6e, 7x. An unknown slice prints the valid ones.
   --slices N             N such slices, joined by the slower network; the mesh's data axis counts over them first
-  --programs train eval  which steps (default: these); decode: a token each for data.batch_size sequences of seq_len
-  --quick                stop when memory is assigned, after a minute instead of ten (of a model of 27 B): without the
-                         compiler's own cycles and the proof that every kernel fits the chip's VMEM
-  --suggest              if it does not fit: compile the standard remedies, quickly, and rank what fits by its
-                         estimated time
-  --out DIR              where NAME-TOPOLOGY.json and .md go (default compile/)
-  --keep_hlo             the programs' text beside them
-  --matrix               the paper's models on the usual slices, into docs/pods.md; goes on where it was interrupted
-  NAME --help            every field of the run that can be overridden
+  --programs train eval  the steps to compile (default: train eval). decode: one token for each of data.batch_size
+                         sequences of seq_len tokens
+  --quick                stop when the compiler has assigned memory: one minute instead of ten for a model of 27 B. The
+                         report then lacks the compiler's own cycles, and the proof that every kernel fits the VMEM
+  --suggest              if the run does not fit: compile the standard remedies with --quick, and rank those that fit by
+                         their estimated time
+  --out DIR              the folder for NAME-TOPOLOGY.json and .md (default compile/)
+  --keep_hlo             write the programs' text there too
+  NAME --help            print every field of the run that can be changed
+  --matrix               compile the paper's models for the usual slices, and write the table of docs/pods.md; resumes
+                         where it was interrupted
 
-Needs libtpu (uv run --extra tpu), no TPU and no data. Ends with 0 if all fits, 3 if something does not, 2 after a
-mistake in the arguments, 1 if the compiler gave up.
+Mesh axes and batch parts are chosen for the slice (engram_jax/aot/slices.py). A field --train.mesh_AXIS or
+--train.grad_accum replaces this choice.
+
+Needs the extra tpu (uv run --extra tpu, or once: uv sync --extra tpu), and no data. Exit status: 0 everything fits,
+3 something does not fit, 2 a mistake in the arguments, 1 the compiler gave up.
 """
 
 from __future__ import annotations
@@ -44,33 +48,39 @@ from experiments.pods.compile_report import (
     suggest,
     write,
 )
-from experiments.runs.registry import RUNS, build
+from experiments.runs.registry import build, list_of_runs
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Does what the command line `arguments` say; returns the exit status. Errors are one line each."""
+    """Runs the command line `arguments`; returns the exit status. An error is one line."""
     return exit_status(lambda: run(list(arguments)))
 
 
 def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"{(__doc__ or '').strip()}\n\nRuns: {', '.join(RUNS)}")
+        print((__doc__ or "").strip())
+        return FITS
+    if arguments == ["--list"]:
+        print(list_of_runs())
         return FITS
     if arguments[0] == "--matrix":
         from experiments.pods.compile_matrix import write_matrix
 
         return write_matrix(arguments[1:])
     name, *rest = arguments
-    require(not name.startswith("-"), f"the run's name comes first: NAME {' '.join(arguments)}")
+    require(
+        not name.startswith("-"),
+        f"{name}: the run's name comes first. Write NAME {' '.join(arguments)}; --list prints the names.",
+    )
     options, overrides = _options(rest)
-    require(options.topology is not None, "say for which chips: --topology v5p-64, for example.")
+    require(options.topology is not None, "--topology is missing. Give the TPU slice, for example --topology v5p-64.")
     where = topology(options.topology, options.slices)
     config = parse(
         _start(build(name), where, overrides), overrides, f"python -m experiments.compile {name}", __doc__ or ""
     ).config
     wrong = set(options.programs) - {*PROGRAMS, *MORE_PROGRAMS}
     known = ", ".join((*PROGRAMS, *MORE_PROGRAMS))
-    require(not wrong, f"--programs {' '.join(sorted(wrong))} is none of {known}.")
+    require(not wrong, f"--programs {' '.join(sorted(wrong))} is unknown. The programs are {known}.")
 
     from engram_jax.aot.render import headline, page
 
@@ -83,12 +93,12 @@ def run(arguments: list[str]) -> int:
         print(ranking(ranked))
         best = next((r for _, r in ranked if r and r["fits"]), None)
         if best:
-            print(f"\nThe best of them: {headline(best)}\nWritten: {write(best, options.out / 'suggested')}")
+            print(f"\nThe best remedy: {headline(best)}\nWritten: {write(best, options.out / 'suggested')}")
     return FITS if report["fits"] else TOO_LARGE
 
 
 def _start(run: RunConfig, where: Topology, overrides: Sequence[str]) -> RunConfig:
-    """The run laid out for the chips; with its own mesh where the overrides name an axis, whose rest they then mean."""
+    """The run laid out for the chips. If the overrides name a mesh axis, the other axes are the run's own."""
     chosen = laid_out(run, where)
     if not any(word.startswith("--train.mesh_") for word in overrides):
         return chosen
@@ -96,7 +106,7 @@ def _start(run: RunConfig, where: Topology, overrides: Sequence[str]) -> RunConf
 
 
 def _options(rest: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """This command's own options, and the overrides of the run's fields that are left."""
+    """This command's own options, and the other words: overrides of the run's fields."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--topology")
     parser.add_argument("--slices", type=int, default=1)

@@ -1,23 +1,24 @@
-"""Plans what a budget of training FLOPs buys: dense, MoE and MoE with memory, matched, on a TPU slice.
+"""Plans matched runs for a budget of training FLOPs on a TPU slice: dense, MoE, and MoE with memory.
 
   python -m experiments.plan --budget 2e20 --topology v5p:4x4x4
 
-  --budget C        training FLOPs, C = 6 x active parameters x tokens, as the paper counts: 1e14 to 1e23
-  --topology NAME   v5p-64 (numbers are chips), or the slice's shape: v5p:4x4x4. A wrong one lists those there are.
-  --kinds moe ...   which of dense, moe, engram (default: all)
-  --compile         asks the TPU compiler for memory and time (a minute or two for each kind; needs libtpu:
-                    uv run --extra tpu).
-                    Without, both are estimates from counts, and say so.
-  --json            the plan as JSON, configs included
-  --corpus PATH --tokenizer FILE --run_dir gs://BUCKET/FOLDER   go into the commands, which otherwise name variables
+  --budget C        training FLOPs, from 1e14 to 1e23: C = 6 x active parameters x tokens, as the paper counts
+  --topology NAME   the slice: v5p-64 (numbers count chips), or its shape v5p:4x4x4. An unknown slice
+                    prints the valid ones
+  --kinds moe ...   some of dense, moe, engram (default: all)
+  --compile         ask the TPU compiler for memory and time, a minute or two for each kind. Needs the extra tpu:
+                    uv run --extra tpu. Without --compile both are estimates from counts, and the plan says so
+  --json            print the plan as JSON, with the settings of the runs
+  --corpus PATH --tokenizer FILE --run_dir gs://BUCKET/FOLDER   written into the printed commands, which otherwise have
+                    $CORPUS, $TOKENIZER and $RUNS in their place
 
-  The rules' ratios; the defaults are the paper's (experiments/runs/scaling.py, docs/scaling.md):
+  Ratios; the defaults are the paper's (experiments/runs/scaling.py, docs/scaling.md):
   --tokens_per_parameter 103   tokens / active parameters
   --sparsity 10                total / active parameters
-  --rho 0.775                  the experts' share of the sparse parameters, beside a memory
+  --rho 0.775                  the experts' share of the sparse parameters, for runs with memory
 
-The runs need not be written down: engram_2e20 is a name that experiments.run, .compile and python -m tpu understand.
-Ends with 0, with 3 if something is too large, with 2 after a mistake in the arguments, 1 if the compiler gave up.
+The runs need no declaration: experiments.run, experiments.compile and python -m tpu understand names like engram_2e20.
+Exit status: 0 everything fits or is close, 3 a run is too large, 2 a mistake in the arguments, 1 the compiler gave up.
 """
 
 from __future__ import annotations
@@ -62,16 +63,16 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A run, laid out for the slice, with what it needs there."""
+    """A run that is laid out for the slice, and its needs there."""
 
     run: RunConfig
     needs: Needs
     report: dict[str, Any] | None = None
-    """The compiler's (experiments/compile.py), if it was asked."""
+    """The compiler's report (experiments/compile.py); None without --compile."""
 
 
 def main(arguments: Sequence[str], compile_programs: Compile | None = None) -> int:
-    """Does what the command line `arguments` say; returns the exit status. Errors are one line each."""
+    """Runs the command line `arguments`; returns the exit status. An error is one line."""
     return exit_status(lambda: run(list(arguments), compile_programs))
 
 
@@ -80,11 +81,15 @@ def run(arguments: list[str], compile_programs: Compile | None = None) -> int:
         print((__doc__ or "").strip())
         return FITS
     options = parsed(Options, arguments, "python -m experiments.plan", field_paths, "; --help lists all options")
-    require(options.budget > 0, "say how many training FLOPs: --budget 2e20, for example.")
-    require(bool(options.topology), "say for which chips: --topology v5p-64, for example.")
+    require(
+        options.budget > 0,
+        f"--budget {options.budget:g} must be positive. Give the training FLOPs, for example --budget 2e20.",
+    )
+    require(bool(options.topology), "--topology is missing. Give the TPU slice, for example --topology v5p-64.")
     unknown = [kind for kind in options.kinds if kind not in scaling.KINDS]
     kinds = ", ".join(scaling.KINDS)
-    require(bool(options.kinds) and not unknown, f"--kinds {' '.join(unknown)}: there are {kinds}.")
+    require(bool(options.kinds), f"--kinds is empty. Give some of {kinds}.")
+    require(not unknown, f"--kinds {' '.join(unknown)} is unknown. The kinds are {kinds}.")
     where = topology(options.topology)
     made = plan(options.budget, where, options.ratios)
     made = {kind: made[kind] for kind in scaling.KINDS if kind in options.kinds}
@@ -104,10 +109,10 @@ def run(arguments: list[str], compile_programs: Compile | None = None) -> int:
 
 
 def plan(budget: float, where: Topology, ratios: scaling.Ratios = scaling.PAPER) -> dict[str, Planned]:
-    """The budget's three runs on the slice, by kind.
+    """The three runs of the budget on the slice, by kind.
 
     Raises:
-      ConfigError: the budget lies outside of the rules, or the slice has more devices than a step has sequences.
+      ConfigError: the budget lies outside of 1e14 to 1e23, or the slice has more devices than a step has sequences.
     """
     runs = scaling.triple(budget, ratios, where.devices)
     placed = {kind: laid_out(run, where) for kind, run in runs.items()}
@@ -115,12 +120,12 @@ def plan(budget: float, where: Topology, ratios: scaling.Ratios = scaling.PAPER)
 
 
 def fits(planned: Planned) -> bool:
-    """Unless it is known, or estimated, to be too large."""
+    """False if the compiler, or without it the estimate, finds the run too large."""
     return planned.report["fits"] if planned.report else planned.needs.verdict != "too large"
 
 
 def facts(planned: Planned) -> dict[str, Any]:
-    """What a plan says of a run: numbers, by the names of the config and of counts.py."""
+    """The numbers of a planned run, under the names of the config and of counts.py."""
     run, model, needs = planned.run, planned.run.model, planned.needs
     counts, (sparse, rho) = parameters(model), sparse_parameters(model)
     tokens = run.data.batch_size * run.data.seq_len * run.train.steps
@@ -199,22 +204,22 @@ def page(
     one = next(iter(made.values()))
     lines += [
         "",
-        f"Ratios: {ratios.tokens_per_parameter:g} tokens to an active parameter, {ratios.sparsity:g} parameters to an "
-        f"active one, experts {ratios.rho:.1%} of the sparse ones. Rules, sources and assumptions: docs/scaling.md.",
-        "FLOPs are the budget and what counts.py adds to it: logits, and attention's scores.",
-        "Nothing was measured. Estimates: state is counted, the rest of the memory estimated; time assumes "
-        f"{one.needs.mfu:.0%} of the peak ({where.chip.name}) and no step below {1000 * SHORTEST_STEP:g} ms. "
-        "At the peak no run can be faster.",
+        f"Ratios: {ratios.tokens_per_parameter:g} tokens per active parameter; {ratios.sparsity:g} parameters per "
+        f"active parameter; experts are {ratios.rho:.1%} of the sparse parameters. Rules, sources: docs/scaling.md.",
+        "FLOPs: the budget, and in addition logits and attention's scores (counts.py).",
+        "Nothing was measured. Memory: weights, optimizer state, tables and gradients are counted; activations, logits "
+        f"and gathered weights are estimated. Time assumes {one.needs.mfu:.0%} of the peak ({where.chip.name}), and at "
+        f'least {1000 * SHORTEST_STEP:g} ms a step. No run can be faster than "at the peak".',
     ]
     if not one.report:
-        lines.append("--compile asks the TPU compiler, in a minute or two for each.")
+        lines.append("--compile asks the TPU compiler; this takes a minute or two for each run.")
     for planned in made.values():
         lines += ["", f"# {planned.run.name}", *commands(planned.run, where, **text)]
     return "\n".join(lines)
 
 
 def column(known: Mapping[str, Any]) -> dict[str, str]:
-    """A run's facts in words, by the name of the row."""
+    """A run's facts as text, by the name of the row."""
     estimate, experts = known["estimate"], known["n_routed_experts"]
     rows = {
         "blocks x width": f"{known['num_hidden_layers']} x {known['hidden_size']}",
@@ -223,7 +228,7 @@ def column(known: Mapping[str, Any]) -> dict[str, str]:
         else f"dense, {known['intermediate_size']}",
         "active": short(known["active"]),
         "total, no vocabulary": f"{short(known['total_without_vocabulary'])} ({known['sparsity']:.2f} x)",
-        "of it memory": f"{short(known['memory'])} (rho {known['rho']:.1%})" if known["memory"] else "-",
+        "memory (in total)": f"{short(known['memory'])} (rho {known['rho']:.1%})" if known["memory"] else "-",
         "tokens": short(known["tokens"]),
         "steps": f"{known['steps']:,} of {known['batch_size']} x {known['seq_len']}",
         "learning rate": f"{known['learning_rate']:g}"

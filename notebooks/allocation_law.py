@@ -15,13 +15,13 @@
 # # The allocation law on your own text
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/engram-jax/engram_jax/blob/main/notebooks/allocation_law.ipynb)
 #
-# A mixture-of-experts model owns many weights that a given token does not use. Engram's question: should all of these
-# idle weights be experts, or should some be rows of an n-gram memory? The paper's answer is a curve: the loss against
+# A mixture-of-experts model has many weights that a given token does not use. Engram's question: should all of these
+# idle weights be experts, or should some be rows of an n-gram memory? The paper answers with a curve: the loss against
 # the experts' share, with its lowest point at about four fifths. Here you draw that curve for a text of your choice, with
-# error bars. No accelerator is needed: choose a CPU runtime, two cores take about ten minutes.
+# error bars. No accelerator is needed: choose a CPU runtime. Two cores take about ten minutes.
 #
-# The first cell does something on Colab only. It must come before anything imports JAX, because Colab brings an older
-# JAX than this project uses.
+# The first cell does something only on Colab. It must run before anything imports JAX, because Colab has an older JAX
+# than this project needs.
 
 # %%
 import importlib.metadata
@@ -56,9 +56,9 @@ print(jax.devices())
 # %% [markdown]
 # ## Your text
 #
-# As it stands: the source code of Python's standard library, which every machine that runs this cell has. For a text of
-# your own, set `corpus` to a folder, a pattern (`"books/*.txt"`) or a single file. `.txt`, `.md`, `.py` and `.jsonl`
-# are read, also compressed (`.gz`, `.zst`). On Colab:
+# By default the text is the source code of Python's standard library, which every machine that runs this cell has. For a
+# text of your own, set `corpus` to a folder, a pattern (`"books/*.txt"`) or a single file. `.txt`, `.md`, `.py` and
+# `.jsonl` files are read, also compressed (`.gz`, `.zst`). On Colab:
 #
 # ```python
 # from google.colab import files
@@ -68,8 +68,8 @@ print(jax.devices())
 # corpus, _ = urllib.request.urlretrieve("https://the.address/of-a-text", "text.txt")      # from the web
 # ```
 #
-# A megabyte is about enough, the length of a long novel. With less, the runs see the same text several times, and a
-# table of n-grams learns a repeated text by heart.
+# A megabyte is about enough: the length of a long novel. With less text, the runs see it several times, and a table of
+# n-grams learns a repeated text by heart.
 
 # %%
 corpus = os.environ.get("ENGRAM_NB_TEXT", "python")
@@ -77,11 +77,11 @@ corpus = os.environ.get("ENGRAM_NB_TEXT", "python")
 # %% [markdown]
 # ## One base, several allocations
 #
-# All runs are made from one small MoE model: four blocks, 24 experts of which each token uses two. $\rho$ is the
-# experts' share of the idle weights. At $\rho = 100\,\%$ there is no memory. For a smaller $\rho$ the model gives up
-# experts, and gets as many table rows as the weights it saved pay for. What a token *uses* stays the same.
+# All runs are made from one small MoE model. It has four blocks and 24 experts, of which each token uses two. $\rho$ is
+# the experts' share of the idle weights. At $\rho = 100\,\%$ there is no memory. For a smaller $\rho$ the model has fewer
+# experts, and the saved weights become table rows. The number of weights that a token *uses* stays the same.
 #
-# Whole experts do not hit every share exactly, so the points lie close to those asked for.
+# The number of experts is whole, so the shares are only close to those you ask for.
 
 # %%
 from engram_jax.config import replace
@@ -120,9 +120,9 @@ print(f"A run reads {per_run:,} tokens: {per_run / text.train.stream.num_tokens:
 # %% [markdown]
 # ## The proof that they cost the same
 #
-# A comparison is only worth something between equals. The table is computed from the settings alone, before anything is
-# trained; `prove` raises an error if the total parameters, the parameters that a token uses or the FLOPs per token of
-# any two differ by more than one percent, or if they see other tokens.
+# A comparison is fair only between models of equal cost. `prove` checks this from the settings alone, before anything is
+# trained. Two models may differ by at most one percent in total parameters, in the parameters that a token uses, and in
+# FLOPs per token. They must also see the same tokens. Otherwise `prove` raises an error. The table shows the numbers.
 
 # %%
 # The whole study draws a second curve, at three times the compute: its points are called 3C-rho. One is enough here.
@@ -138,11 +138,11 @@ display(Markdown("\n".join(budget_table(study, points))))
 # %% [markdown]
 # ## Training
 #
-# Every point is trained with each seed: another start of the weights and another order of the text, the same for all
+# Every point is trained with each seed. A seed is one start of the weights and one order of the text, the same for all
 # points. A line appears when a run is done. The first run of each point also compiles its program.
 #
-# This is the machinery of `python -m experiments.study allocation`: every run has a folder of its own, and finished
-# ones are not repeated. If you interrupt this cell, run it again and it goes on where it stopped.
+# `python -m experiments.study allocation` works in the same way. Every run has a folder of its own, and finished runs are
+# not repeated. If you interrupt this cell, run it again: it continues where it stopped.
 
 # %%
 from engram_jax.training.loop import train
@@ -168,13 +168,13 @@ status = execute(study_dir, points, seeds, train_quietly, print)
 # %% [markdown]
 # ## The curve
 #
-# Left: your text. The squares are means over the seeds, the small dots the single runs, the dashed line a parabola. A
-# seed makes all points better or worse together, so what it does to all of them is left out of the error bars: they are
-# often smaller than the squares, although the dots lie apart. Right: the paper's two curves, each counted from its own
-# lowest point, because their losses lie far from yours. Compare *shapes*, not heights.
+# Left: your text. The squares are means over the seeds, the small dots are single runs, the dashed line is a parabola. A
+# seed makes all points better or worse together. This common part is left out of the error bars. So they are often
+# smaller than the squares, although the dots lie apart. Right: the paper's two curves, each counted from its own lowest
+# point, because their losses lie far from yours. Compare *shapes*, not heights.
 #
-# Below the picture is what the numbers say, computed from them by the same rules for every study. Believe the first
-# sentence when it says that the points do not follow the parabola: then its lowest point is that of the parabola only.
+# Below the picture is the verdict. The same rules compute it for every study. If its first sentence says that the points
+# do not follow the parabola, then do not read the parabola's lowest point as the best share.
 
 # %%
 from experiments.studies.engine.report import write_report
@@ -188,31 +188,33 @@ for section in report.split("\n## ")[1:]:
 # %% [markdown]
 # ## What you see, and what it cannot tell
 #
-# Look first at *the step from 100 % to the next point*: is some memory better than none? Then at *the slope on the left*:
-# in the paper the loss rises again below about 80 %, because experts are missing, and at 40 % it is nearly what it was
-# without memory. At the size of this notebook it often does not rise, and more memory is better as far as the picture
-# goes. That is no contradiction:
+# Look first at *the step from 100 % to the next point*: is some memory better than no memory? Then look at *the slope on
+# the left*. In the paper the loss rises again below about 80 %, because experts are missing. At 40 % it is nearly as high
+# as without memory. At the size of this notebook it often does not rise: more memory is better over the whole picture.
+# That is no contradiction:
 #
 # * **Training is short.** A run reads 0.2 million tokens; the paper's smaller budget reads some 59 billion. A row is
-#   useful after its n-gram was seen a few times, while experts take long to become different from each other. What
-#   n-grams know is learned first.
-# * **The model is small.** With 0.6 million active weights, what two or three neighbouring tokens say is most of what
-#   there is to learn. A larger model has more to do that no n-gram can do for it.
+#   useful after its n-gram was seen a few times, but experts need long to become different from each other. So a model
+#   learns first what n-grams can know.
+# * **The model is small.** It has 0.6 million active weights. Most of what it can learn follows from two or three
+#   neighbouring tokens. A larger model also learns much that no n-gram can know.
 # * **The text is of one kind.** Source code repeats itself, prose does so less. Try both.
-# * **Nothing is tuned** for each point, and the experts of the points with memory are a little narrower, which pays for
-#   reading it. In the paper's wide models this is too little to show.
+# * **Nothing is tuned** for each point. The experts of the points with memory are a little narrower, which pays for
+#   reading the memory. In the paper's wide models this is too little to show.
 #
-# What the error bars say: how much another start and another order of the same text would change the *differences*.
-# Not: how much another text or another size would.
+# The error bars say how much another start and another order of the same text would change the *differences*. They do
+# not say how much another text or another size would change them.
 #
 # ## Larger
 #
-# * *Narrower intervals, more points, longer:* raise `seeds` (three is the studies' default, two the least that shows a
-#   spread), add `shares`, raise `steps`; then run from there on again. A run of each takes about a minute.
-# * *The same study as one command*, in a clone of the repository, resumable and shared by as many processes as you
-#   start: `python -m experiments.study allocation --data.corpus my_texts/`. With `--scale small` it has the size of one
-#   GPU: 141 million parameters and $6.5 \cdot 10^{16}$ FLOPs for a run, and at its second budget 303 million and
-#   $1.9 \cdot 10^{17}$. `--print` shows the runs and their costs first.
-# * *Towards the paper's size*, on a TPU pod: `python -m experiments.plan --budget 2e20 --topology v5p:4x4x4` plans the
-#   models, the tokens and the chip-hours of a point of its curve. Nothing in this notebook needs a TPU; that does.
+# * *Narrower intervals, more points, longer runs:* raise `seeds`, add `shares`, or raise `steps`. Then run the cells from
+#   there on again. (Three seeds are the studies' default, and two are the least that shows a spread.) A run takes about a
+#   minute.
+# * *The same study as one command*, in a clone of the repository:
+#   `uv run python -m experiments.study allocation --data.corpus my_texts/`. It can be resumed, and several processes can
+#   share it. With `--scale small` it has the size of one GPU: 141 million parameters and $6.5 \cdot 10^{16}$ FLOPs for a
+#   run, and at its second budget 303 million and $1.9 \cdot 10^{17}$. `--print` shows the runs and their costs first.
+# * *Towards the paper's size*, on a TPU pod: `uv run python -m experiments.plan --budget 2e20 --topology v5p:4x4x4` plans
+#   the models, the tokens and the chip-hours of a point of the paper's curve. Training such a point needs a TPU pod;
+#   nothing in this notebook does.
 # * *What is in the memory?* [Inside a memory](inside_a_memory.ipynb).

@@ -16,12 +16,12 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/engram-jax/engram_jax/blob/main/notebooks/inside_a_memory.ipynb)
 #
 # A language model with Engram looks up short runs of tokens in a big table. Here you train such a model for a few
-# minutes and then open its table: which rows does a sentence read, who else reads them, what did they learn, and what
-# does the model no longer know when a single entry is wiped? Nothing is assumed but some Python. No accelerator is
-# needed: choose a CPU runtime, two cores take about six minutes.
+# minutes and then open its table. Which rows does a sentence read? Which other n-grams read them? What did the rows learn?
+# What does the model no longer know when a single entry is set to zero? You need only some Python, and no accelerator:
+# choose a CPU runtime. Two cores take about six minutes.
 #
-# The first cell does something on Colab only. It must come before anything imports JAX, because Colab brings an older
-# JAX than this project uses.
+# The first cell does something only on Colab. It must run before anything imports JAX, because Colab has an older JAX
+# than this project needs.
 
 # %%
 import importlib.metadata
@@ -56,10 +56,10 @@ print(jax.devices())
 # %% [markdown]
 # ## A model to open
 #
-# Three blocks, of which block 1 (counting from 0) begins by reading the memory: a table with about 100,000 rows for
-# each of eight hash *heads*. It learns from the source code of Python's standard library, which every machine that runs
-# this cell has. Numbers to expect: guessing evenly among the 4,096 tokens costs 8.3 nats per token; the loss should end
-# between 3 and 4, and near 4 on the files that are held out.
+# The model has three blocks. Block 1 (counting from 0) begins by reading the memory: a table with about 100,000 rows for
+# each of eight hash *heads*. The model learns from the source code of Python's standard library, which every machine
+# that runs this cell has. Numbers to expect: an even guess among the 4,096 tokens costs 8.3 nats per token. The training
+# loss should end between 3 and 4, and the loss on the held-out files near 4.
 
 # %%
 from engram_jax.config import replace
@@ -89,16 +89,16 @@ result = train(run, run_dir)
 # %% [markdown]
 # ## From a sentence to rows
 #
-# Three steps lead from text to rows, and none of them involves the model:
+# Three steps lead from text to rows. The model takes part in none of them:
 #
-# 1. The text becomes **tokens**, and every token a **canonical id**, which `Name`, ` name` and `NAME` share: as an
-#    address they should not differ.
+# 1. The text becomes **tokens**, and every token becomes a **canonical id**. `Name`, ` name` and `NAME` share one
+#    canonical id, because they should have the same address.
 # 2. At every token, the ids of the last two and of the last three tokens are the **2-gram** and the **3-gram**.
-# 3. Each n-gram is **hashed** to one big number, and the remainders of that number by four different primes are its
-#    rows in four heads: eight rows per token, four for each length.
+# 3. Each n-gram is **hashed** to one big number. The remainders of that number by four different primes are its rows in
+#    four heads. So a token reads eight rows, four for each length.
 #
-# In the table below, follow one token from left to right. At the first token the window reaches beyond the beginning:
-# padding stands there, shown as `^`.
+# In the table below, follow one token from left to right. At the first token the window reaches beyond the beginning of
+# the text. There it contains padding, shown as `^`.
 
 # %%
 from IPython.display import HTML, display
@@ -147,14 +147,14 @@ show(["token", "its id", "canonical id", "2-gram", "its rows", "3-gram", "its ro
 print(f"{len(ids)} tokens (the first {len(lines)} are shown) read {rows.size} rows of {constants.num_rows(layer):,}.")
 
 # %% [markdown]
-# ## Who else reads these rows?
+# ## Which other n-grams read these rows?
 #
 # Hashing goes one way: from an n-gram to a row. To read the table backwards, we hash *every* n-gram of the training
-# text and note where it lands. There are many more n-grams than rows in a head, so rows are shared: that is a
-# **collision**. Below is one 2-gram with its four rows, and the three most frequent n-grams in each of them.
+# text and note its rows. There are many more n-grams than rows in a head, so rows are shared: that is a **collision**.
+# Below is one 2-gram with its four rows, and the three most frequent n-grams in each of these rows.
 #
-# What to look for: in every head the 2-gram has other neighbours. A stranger may disturb it in one head, but no
-# stranger sits beside it in all four; the four rows together are its own.
+# What to look for: in every head the 2-gram shares its row with other n-grams. Another n-gram may disturb it in one head.
+# But no other n-gram shares all four rows with it. The four rows together belong to this 2-gram alone.
 
 # %%
 from engram_jax.analysis.ngrams import Ngrams, expected_share, has_twin, nearest, owners, shared_in_heads
@@ -188,8 +188,8 @@ print(f"The 2-gram {written(chosen)} occurs {ngrams.counts_G[chosen]:,} times in
 show(["head", "row", "n-grams in it", "the most frequent of them"], lines)
 
 # %% [markdown]
-# The same counted over all 2-grams of the text. A 2-gram is only lost in the crowd if one other has the *same four
-# rows*.
+# Next, the same is counted over all 2-grams of the text. The model cannot tell two 2-grams apart only if they have the
+# *same four rows*.
 
 # %%
 shared = shared_in_heads(ngram_rows)
@@ -199,11 +199,15 @@ for count in range(heads + 1):
 print(f"\n  {np.mean(has_twin(ngram_rows)):6.1%} share all {heads} rows with one and the same other: indistinguishable.")
 
 # %% [markdown]
-# How large must a table be? Below, the same 2-grams are hashed into heads of other sizes. The upper curve is what one
-# head alone does (the line is what chance predicts); the middle one asks for *some* stranger in each of the four heads;
-# the lowest for *one and the same* stranger in all of them. With four heads, nobody is mistaken for somebody else even
-# where every single row is crowded. But a crowded row still learns from all its owners at once, and the rare ones among
-# them are drowned: more rows mean less noise.
+# How large must a table be? Below, the same 2-grams are hashed into heads of other sizes. Each curve shows a share of the
+# 2-grams:
+#
+# * upper curve: they share their row in one head (the line is what chance predicts),
+# * middle curve: in each of the four heads they share their row with *some* other 2-gram,
+# * lowest curve: they share their rows with *one and the same* 2-gram in all four heads.
+#
+# With four heads the model can tell 2-grams apart even where every single row is shared. But a shared row learns from all
+# its n-grams at once, and the frequent ones drown the rare ones. More rows mean less of this noise.
 
 # %%
 sizes = np.unique(np.geomspace(1_000, 3_000_000, 12).astype(int))
@@ -230,12 +234,12 @@ plt.show()
 # %% [markdown]
 # ## What is in a row?
 #
-# Before training, rows are random numbers: no row is like another. Training moves a row by what the tokens *after* its
-# n-gram ask for. So n-grams that go on alike should end up with similar rows. We compare directions: the **cosine** of
-# two vectors is 1 if they point the same way, and near 0 if they have nothing to do with each other.
+# Before training, rows are random numbers: no row is like another. Training moves a row so that it helps to predict the
+# tokens *after* its n-gram. So n-grams with similar continuations should end up with similar rows. We compare directions:
+# the **cosine** of two vectors is 1 if they point the same way, and near 0 if they are unrelated.
 #
-# First all four rows of an n-gram side by side, then those of one head alone. Only 2-grams whose rows were updated at
-# least eight times take part; the others have hardly moved.
+# We first compare all four rows of an n-gram side by side, and then the rows of one head alone. We use only 2-grams whose
+# rows were updated at least eight times, because other rows have hardly moved.
 
 # %%
 with jax.set_mesh(result.parts.mesh):
@@ -258,20 +262,21 @@ for phrase in phrases:
 show(["2-gram", "compared by", "nearest (cosine)"], lines)
 
 # %% [markdown]
-# What to look for: with all four heads, ` raise ValueError` lies near other exceptions, `import os` near other imports,
-# ` if not` near `elif`, `assert` and ` and not`, ` is None` near what also ends a line with a colon. Nobody told the
-# table so. By one head alone the list is muddier: its vectors are short, and a row holds the mixture of all that its
-# owners wanted. A cosine of 1.00 there is no kinship at all, but two n-grams in the same row.
+# What to look for, with all four heads: ` raise ValueError` lies near other exceptions, and `import os` near other
+# imports. ` if not` lies near `elif`, `assert` and ` and not`. ` is None` lies near n-grams that also end a line with a
+# colon. The table learned this from the text alone. With one head the list is less clear: its vectors are short, and a
+# row is a mixture of what all its n-grams need. A cosine of 1.00 there does not mean that two n-grams are alike: they
+# read the same row.
 
 # %% [markdown]
-# ## When does the model listen?
+# ## When does the model use its rows?
 #
-# Rows are found without looking at what the sentence means. The model has the last word: a **gate** compares them with
-# its present state and opens between 0 (keep out) and 1 (let in). One line of the picture per residual stream of the
-# model (this one carries two hidden states side by side), one column per token.
+# The hash finds rows without looking at what the sentence means. Then the model decides: a **gate** compares the rows
+# with the model's present state, and opens between 0 (keep out) and 1 (let in). The picture has one column per token, and
+# one line per residual stream of the model (this model carries two hidden states side by side).
 #
-# What to look for: where both lines are dark, the model passes by what it was handed. The gate of a young model is a
-# beginner's judgement; the experiment after it shows what the rows were really worth.
+# What to look for: where both lines are dark, the model does not use the rows. After so little training the gate often
+# judges wrongly. The next experiment shows what the rows were really worth.
 
 # %%
 from engram_jax.analysis.gates import plot_gates, token_gates
@@ -279,16 +284,16 @@ from engram_jax.analysis.gates import plot_gates, token_gates
 plot_gates(*token_gates(result.parts, result.state, tokenizer, sentence))
 
 # %% [markdown]
-# ## Wipe one entry
+# ## Forget one entry
 #
-# Now the experiment: set the four rows of one 2-gram to zero, leave the millions of other numbers as they are, and
-# measure the loss of every token of the sentence again. We do this with each 2-gram of the sentence in turn. The
-# measure is the surprise in **nats**: $-\ln$ of the probability that the model gave to the token that came. Zero is
-# certainty, and +0.7 means that the probability was halved.
+# Now the experiment. We set the four rows of one 2-gram to zero and leave the millions of other numbers as they are. Then
+# we measure the loss of every token of the sentence again. We do this with each 2-gram of the sentence in turn. The
+# measure is the surprise in **nats**: $-\ln$ of the probability that the model gave to the next token. Zero is certainty,
+# and +0.7 means that the probability was halved.
 #
-# First the 2-gram whose loss hurts most: often the middle of a word that the tokenizer cut, like `en ume rate`, or the
-# first half of a set phrase. The crosses show, for comparison, the model with its whole memory switched off. Where a
-# cross lies below the bars, the memory misleads.
+# The first picture is for the 2-gram whose loss hurts most. Often it is the middle of a word that the tokenizer cut, like
+# `en ume rate`, or the first half of a set phrase. For comparison, the crosses show the model with its whole memory
+# switched off. Where a cross lies below the bars, the memory misleads.
 
 # %%
 from engram_jax.evaluation.knock_out import forget_rows, scale_memory
@@ -334,13 +339,14 @@ print(f"The sentence: {whole.mean():.3f} nats per token, without the 2-gram {(wh
 print(f"              without any memory {silent.mean():.3f}.")
 
 # %% [markdown]
-# And all of them at once: one line per forgotten 2-gram, one column per token. Red: the token became more surprising;
-# blue: less. A token's own row cannot help to predict that token, only later ones, so everything left of and on the
-# dashed diagonal is exactly zero, unless the same 2-gram occurs twice. Most of the colour lies just right of the
-# diagonal: an entry speaks for the next token. What lies further right came by attention and the short convolution.
+# The next picture shows all 2-grams at once: one line per forgotten 2-gram, one column per token. Red: the token became
+# more surprising. Blue: it became less surprising. The rows of a token can help to predict later tokens only. So
+# everything left of the dashed diagonal and on it is exactly zero, unless the same 2-gram occurs twice. Most of the
+# colour lies just right of the diagonal: an entry helps to predict the next token. The colour further right came by
+# attention and the short convolution.
 #
-# Expect more red than blue, but blue too: an entry stands for what usually follows, and this sentence may go on
-# otherwise.
+# Expect more red than blue, but some blue too: an entry says what usually follows, and this sentence may continue
+# differently.
 
 # %%
 reach = np.abs(change).max()
@@ -361,15 +367,19 @@ print(f"All later tokens together: {later.sum(axis=1).mean():+.3f} nats per forg
 # %% [markdown]
 # ## What this can and cannot tell
 #
-# * It is one sentence, and a model of a few minutes. The pictures show the mechanism, not its worth: for that, whole
-#   corpora and several seeds are compared. `python -m experiments.study --list` has such studies.
-# * Wiping rows from a finished model says what *this* model relies on, not what a model trained without them would
-#   lack: that one would have learned to do without.
+# * It is one sentence, and a model of a few minutes. The pictures show the mechanism, not its worth. To measure the
+#   worth, compare whole corpora and several seeds: `uv run python -m experiments.study --list`, in a clone, lists such
+#   studies.
+# * Rows set to zero in a finished model show what *this* model relies on. They do not show what a model trained without
+#   them would lack: that model would have learned to work without them.
 #
-# Things to try: change `sentence` (the name of a module you know well); look at `order=3` in the last cells; set
-# `model__engram__engram_vocab_size=1_000` at the top, so that every row has a hundred owners, and see what becomes of
-# the neighbours.
+# Things to try:
+#
+# * Change `sentence`, for example to the name of a module that you know well.
+# * Set `order=3` in the last cells.
+# * Set `model__engram__engram_vocab_size=1_000` at the top. Then about a hundred n-grams share every row: see what happens
+#   to the nearest rows.
 #
 # * *The whole path from text to sample:* [quickstart](quickstart.ipynb).
 # * *How many rows should a model have?* [the allocation law on your own text](allocation_law.ipynb).
-# * *The memory in a model that is not ours:* [your own model](your_own_model.ipynb).
+# * *The memory in a model of your own:* [your own model](your_own_model.ipynb).

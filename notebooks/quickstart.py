@@ -15,12 +15,12 @@
 # # Engram in a few minutes
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/engram-jax/engram_jax/blob/main/notebooks/quickstart.ipynb)
 #
-# You will look up a line of text in an n-gram memory by hand, train a small language model that owns such a memory, and
-# then see where in a line it listens to it. No accelerator is needed: choose a CPU runtime, two cores take about three
-# minutes.
+# You will look up a line of text in an n-gram memory by hand. Then you will train a small language model with such a
+# memory, and see at which words of a line the model uses it. No accelerator is needed: choose a CPU runtime. Two cores
+# take about three minutes.
 #
-# The first cell does something on Colab only. It must come before anything imports JAX, because Colab brings an older
-# JAX than this project uses.
+# The first cell does something only on Colab. It must run before anything imports JAX, because Colab has an older JAX
+# than this project needs.
 
 # %%
 import importlib.metadata
@@ -39,7 +39,7 @@ if "google.colab" in sys.modules:
         raise RuntimeError(f"{replaced} got new versions: choose Runtime > Restart session, then run all cells again.")
 
 # %% [markdown]
-# Versions and devices first: when something differs on your machine, this is what to compare.
+# The next cell prints versions and devices. Compare them if something differs on your machine.
 
 # %%
 import math
@@ -60,14 +60,14 @@ print(jax.devices())
 # %% [markdown]
 # ## What Engram is
 #
-# 1. Much of what a language model must know is *local and fixed*: after `import numpy as` comes `np`. Computing that
-#    again with many layers, for every token, is a waste.
+# 1. Much of what a language model must know is *local and fixed*: after `import numpy as` comes `np`. It is a waste to
+#    compute that again with many layers, for every token.
 # 2. Engram stores it in big tables instead. The address of a table row is a **hash of the last two or three tokens**.
-# 3. So the rows a text needs are known before the model runs. They can lie in any memory, also a slow one, and be
-#    fetched ahead of time; a larger table costs no more computation per token.
-# 4. Different n-grams may collide in a row. Several hash heads with tables of different prime sizes make it unlikely
-#    that two n-grams collide in *all* of them.
-# 5. A **gate** compares the row with the model's present state and decides how much of it to let in.
+# 3. So the rows that a text needs are known before the model runs. They can lie in any memory, also a slow one, and be
+#    fetched ahead of time. A larger table costs no more computation per token.
+# 4. Different n-grams may share a row: they collide. Several hash heads with tables of different prime sizes make it
+#    unlikely that two n-grams collide in *all* heads.
+# 5. A **gate** compares the row with the model's present state and decides how much of the row to let in.
 #
 # For the token at position $t$, with the rows of all heads side by side as $e_t$ and the model's state $h_t$:
 #
@@ -75,16 +75,16 @@ print(jax.devices())
 #   \alpha_t = \sigma\big(\text{match}(h_t, W_K e_t)\big), \qquad
 #   h_t \leftarrow h_t + \alpha_t\, W_V e_t + \dots$$
 #
-# Here $\oplus$ is XOR, $m_i$ are fixed odd numbers, $p_{n,k}$ is the prime size of head $k$ for n-grams of length $n$,
-# and the dots are a short convolution over neighbouring positions.
+# Here $\oplus$ is XOR, and $m_i$ are fixed odd numbers. $p_{n,k}$ is the prime size of head $k$ for n-grams of length
+# $n$. The dots are a short convolution over neighbouring positions.
 
 # %% [markdown]
 # ## A run is a value
 #
-# `engram_tiny` is a model of the repository's ladder. Here it is cut down to what trains while you read on: three
-# blocks, of which block 1 (counting from 0) begins by reading the memory, and a table with about 50,000 rows for each of
-# eight hash heads. The list below says where the parameters are. *Memory* is the largest group, and of all its rows a
-# token touches just eight.
+# `engram_tiny` is one of the repository's declared models. Here it is made smaller, so that it trains while you read on.
+# It has three blocks. Block 1 (counting from 0) begins by reading the memory, a table with about 50,000 rows for each of
+# eight hash heads. The list below says where the parameters are. *Memory* is the largest group, and a token touches only
+# eight of its rows.
 
 # %%
 from engram_jax.config import replace
@@ -111,9 +111,9 @@ print(describe(run))
 # %% [markdown]
 # ## Text, tokens, canonical ids
 #
-# The training text is the source code of Python's own standard library: it is on every machine that runs this cell. A
-# tenth of its files is held out to measure the model on. The first call trains a tokenizer and tokenises everything,
-# which takes a little while; later calls find it in the cache.
+# The training text is the source code of Python's own standard library, which every machine that runs this cell has. A
+# tenth of its files is held out to measure the model. The first call trains a tokenizer and tokenises all files, which
+# takes a little while. Later calls find the result in the cache.
 
 # %%
 from engram_jax.data.loader import load_data
@@ -123,8 +123,8 @@ tokenizer = text.tokenizer
 
 # %% [markdown]
 # A tokenizer knows the same word several times: with a space before it, capitalised, in capitals. The model should see
-# these differences, but as an *address* in the memory they would only scatter what belongs together. So the memory
-# maps every token to a **canonical id** first. These are the canonical ids that absorb the most tokens:
+# these differences. But in an *address* they would only give different rows to the same word. So the memory first maps
+# every token to a **canonical id**. These canonical ids stand for the most tokens:
 
 # %%
 from collections import defaultdict
@@ -143,12 +143,12 @@ for canonical, texts in sorted(members.items(), key=lambda item: -len(item[1]))[
 # %% [markdown]
 # ## Which rows does a sentence read?
 #
-# Two lines of code share `item in self.` and differ around it. For each token of the first we print the rows that its
-# 2-gram and its 3-gram read, one per hash head; `=` marks a row that the second line reads too.
+# Two lines of code share `item in self.` and differ around it. For each token of the first line we print the rows that
+# its 2-gram and its 3-gram read, one per hash head. `=` marks a row that the second line reads too.
 #
-# What to look for: at ` in` the 2-gram `item in` is common to both lines, but the 3-grams `for item in` and
-# `while item in` are not, so only the first group of rows is shared. One token later both groups are. Nothing was
-# learned yet: addresses depend on the tokens alone.
+# What to look for: at ` in` both lines have the 2-gram `item in`, but one has the 3-gram `for item in` and the other
+# `while item in`. So only the first group of rows is shared. One token later both groups are shared. The model has not
+# learned anything yet: addresses depend on the tokens alone.
 
 # %%
 from engram_jax.memory.hashing import hash_constants, ngram_row_ids_numpy
@@ -173,11 +173,11 @@ print(f"\nThe table of block {layer} has {constants.num_rows(layer):,} rows, div
 # %% [markdown]
 # ## Training
 #
-# The same loop that trains the large models. In each step it hashes the batch, fetches its rows, computes the loss
-# and its gradients, and updates the weights and *the rows of the batch, nothing else in the table*. The first step
-# waits for the compiler.
+# This is the same loop that trains the large models. Each step hashes the batch, fetches its rows, and computes the loss
+# and its gradients. Then it updates the weights and *the rows of the batch, and no other row of the table*. The first
+# step waits for the compiler.
 #
-# If you run this on your own machine, you can interrupt it: it saves what it has and stops.
+# On your own machine you can interrupt this cell: it saves a checkpoint and stops.
 
 # %%
 from engram_jax.training.loop import train
@@ -188,11 +188,11 @@ result = train(run, run_dir)
 # %% [markdown]
 # ## Did it learn?
 #
-# The loss is the average surprise per token in nats: $-\ln$ of the probability the model gave to the token that came.
-# Two lines put it in proportion. Guessing evenly among all $V$ tokens costs $\ln V$. Knowing how frequent each token
-# is, and nothing of what stands before it, costs the entropy of these frequencies. Whatever the model saves below the
-# second line, it has learned about context. The held-out files cost more than the training text: it has seen other
-# passages of the training files, and with them their names and habits, but nothing of these.
+# The loss is the average surprise per token in nats: $-\ln$ of the probability that the model gave to the next token.
+# Two lines put it in proportion. A guess that is even among all $V$ tokens costs $\ln V$. A guess by the frequency of
+# each token, without its context, costs the entropy of these frequencies. A loss below the second line means that the
+# model has learned about context. The held-out files cost more than the training text. Of the training files the model
+# has seen other passages, with their names and habits; of the held-out files it has seen nothing.
 
 # %%
 from engram_jax.training.metrics import read_metrics
@@ -213,7 +213,7 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# How much of the table did this take? A row that no batch ever asked for is still as it was drawn at the start, and
+# How much of the table did the training use? A row that no batch ever read still has its random first value, and has
 # cost nothing since.
 
 # %%
@@ -227,8 +227,8 @@ print(
 # %% [markdown]
 # ## A sample
 #
-# After so little training this is not a program, but it should look like Python from a distance: indentation, `self.`,
-# brackets that mostly match. Every new token is hashed with the ones before it and reads the memory like any other.
+# After so little training the text is not a program, but it should look like Python from a distance: indentation,
+# `self.`, brackets that mostly match. Every new token is hashed with the tokens before it, and reads the memory.
 
 # %%
 from engram_jax.inference.engine import Engine
@@ -243,13 +243,14 @@ for _, piece in continued(engine, tokenizer, [[tokenizer.bos_id, *tokenizer.enco
     print(piece, end="", flush=True)
 
 # %% [markdown]
-# ## Where does it listen to the memory?
+# ## Where does the model use its memory?
 #
-# For each token of a line (left to right) and each residual stream of the model (top to bottom), the picture shows how
-# far the gate opens: 0 keeps the rows out, 1 lets them in whole. The paper reports that in a large model it opens at
-# the *end* of set phrases and names, where the last tokens say it all. A model of a few minutes has only begun to tell
-# useful rows from rows it has hardly ever seen, so expect a tendency, not a rule. Change the line and try: code that
-# every file contains, then nonsense.
+# The picture has one column for each token of a line. It has one row for each residual stream: the model carries several
+# hidden states side by side. The colour shows how far the gate opens: 0 keeps the rows out, 1 lets them in whole. The
+# paper reports that in a large model the gate opens at the *end* of set phrases and names. There the last tokens are
+# enough to know what follows. After a few minutes of training, a model has only begun to tell useful rows
+# from rows that it has hardly ever seen. So expect a tendency, not a rule. Change the line and try: code that every file
+# contains, then nonsense.
 
 # %%
 from engram_jax.analysis.gates import plot_gates, token_gates
@@ -258,15 +259,15 @@ line = "if __name__ == '__main__':\n    for i in range(len(self.items)):\n      
 plot_gates(*token_gates(result.parts, result.state, tokenizer, line))
 
 # %% [markdown]
-# ## And now?
+# ## What next?
 #
-# You have seen the whole path: tokens, canonical ids, rows, gate, loss, update of the touched rows. Ways on:
+# You have seen the whole path: tokens, canonical ids, rows, gate, loss, update of the touched rows. You can go on with:
 #
-# * *What is in the table?* [Inside a memory](inside_a_memory.ipynb): who shares a row, which rows are alike, and what
-#   is lost when one is wiped.
+# * *What is in the table?* [Inside a memory](inside_a_memory.ipynb): which n-grams share a row, which rows are alike, and
+#   what is lost when a row is set to zero.
 # * *How much memory should a model have?* [The allocation law on your own text](allocation_law.ipynb).
-# * *In a model that is not ours?* [Your own model](your_own_model.ipynb).
-# * *Does the memory pay?* That takes an equal: the same size and cost without it. On your own machine, in a clone of
-#   the repository, `python -m experiments.run moe_tiny engram_tiny` trains both and compares them.
+# * *In a model of your own?* [Your own model](your_own_model.ipynb).
+# * *Does the memory pay?* To answer this you need a model of the same size and cost without it. In a clone of the
+#   repository, on your own machine, `uv run python -m experiments.run moe_tiny engram_tiny` trains both and compares them.
 # * *Your own text:* add `data__corpus="some/folder"` to the `replace(...)` above and run everything below it again.
-# * *How it works:* the folder `docs/` says where a row lives, how it is addressed and who updates it.
+# * *How it works:* [docs/memory.md](../docs/memory.md) says where a row lies, how it is addressed and how it is updated.

@@ -15,12 +15,13 @@
 # # Engram in a model of your own
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/engram-jax/engram_jax/blob/main/notebooks/your_own_model.ipynb)
 #
-# A small transformer, written here in plain Flax NNX and trained with plain optax, gets an n-gram memory in a few lines
-# (each marked `# ENGRAM`). Twice: once with the table as an ordinary parameter, once with the **store**, which updates
-# only the rows that a batch reads. No accelerator is needed: choose a CPU runtime, two cores take about two minutes.
+# Here a small transformer, written in plain Flax NNX and trained with plain optax, gets an n-gram memory in a few lines.
+# Each of these lines is marked `# ENGRAM`. You will do it twice. First the table is an ordinary parameter. Then the table
+# lies in the **store**, which updates only the rows that a batch reads. No accelerator is needed: choose a CPU runtime.
+# Two cores take about two minutes.
 #
-# The first cell does something on Colab only. It must come before anything imports JAX, because Colab brings an older
-# JAX than this project uses.
+# The first cell does something only on Colab. It must run before anything imports JAX, because Colab has an older JAX
+# than this project needs.
 
 # %%
 import importlib.metadata
@@ -59,7 +60,8 @@ print(jax.devices())
 # %% [markdown]
 # ## Text
 #
-# The source code of Python's standard library, as bytes: 256 tokens and no tokenizer. Every tenth file is held out.
+# The text is the source code of Python's standard library, as bytes. So there are 256 tokens and no tokenizer. Every
+# tenth file is held out.
 
 # %%
 steps = int(os.environ.get("ENGRAM_NB_STEPS", 200))
@@ -80,10 +82,10 @@ def windows(text, seed, count):
 # %% [markdown]
 # ## What to remember
 #
-# `EngramConfig` says what the memory is: here n-grams of 2 to 5 bytes, each looked up by two hash heads of about 50,000
-# rows, so that a position reads eight rows of 16 numbers. `hash_constants` derives the rest (multipliers, prime sizes)
-# and `ngram_row_ids` turns tokens into row ids. A tokenizer's ids would be compressed first
-# (`TokenMap.from_tokenizer`); for bytes every id stands for itself.
+# `EngramConfig` says what the memory is. Here it looks up n-grams of 2 to 5 bytes, each by two hash heads of about
+# 50,000 rows. So a position reads eight rows of 16 numbers. `hash_constants` derives multipliers and prime sizes, and
+# `ngram_row_ids` turns tokens into row ids. The ids of a tokenizer would be compressed first
+# (`TokenMap.from_tokenizer`). With bytes, every id stands for itself.
 
 # %%
 from engram_jax.config import EngramConfig, ModelConfig
@@ -111,10 +113,10 @@ print("rows of the last byte of 'impor':", ngram_row_ids(constants, layer, jnp.a
 # %% [markdown]
 # ## The model
 #
-# Nothing here is special but the marked lines. The **reader** is an ordinary layer of this project: hidden state and
-# rows in, an update of the hidden state out (projections, gate, short convolution). It expects residual *streams*, and
-# an ordinary transformer has one of them: hence the extra dimension. Rows come from a `DenseTable` inside the model, or
-# from outside as an argument.
+# Only the marked lines are special here. The **reader** is an ordinary layer of this project, with projections, a gate
+# and a short convolution. It takes the hidden state and the rows, and returns an update of the hidden state. The reader
+# expects residual *streams*, and an ordinary transformer has one stream: hence the extra dimension. Rows come from a
+# `DenseTable` inside the model, or from outside as an argument.
 
 # %%
 width, num_heads, num_blocks = 128, 4, 3
@@ -175,8 +177,8 @@ def loss_of(model, batch, rows=None):
 # %% [markdown]
 # ## Training
 #
-# One loop for all three. It counts the compile time apart, takes the same batches in the same order, and looks at the
-# same held-out windows.
+# One loop trains all three models. It measures the compile time separately. All models get the same batches in the same
+# order, and the same held-out windows.
 
 # %%
 rates = np.asarray(optax.warmup_cosine_decay_schedule(0, 3e-3, max(steps // 10, 1), steps, 3e-4)(jnp.arange(steps)))
@@ -201,7 +203,7 @@ def train(name, state, step_fn, eval_fn):
 
 
 # %% [markdown]
-# **Without memory**: the model, its gradient, an optax update, in one `jax.jit`.
+# **Without memory.** One `jax.jit` holds the model, its gradient and an optax update.
 
 # %%
 def make_steps(graphdef, optimizer):
@@ -222,8 +224,9 @@ graphdef, params = nnx.split(Transformer(None, nnx.Rngs(0)))
 results = {"without memory": train("without memory", (params, adamw.init(params)), *make_steps(graphdef, adamw))}
 
 # %% [markdown]
-# **The table as a parameter.** The step is the same one. Only the optimizer must know the table, which wants a larger
-# learning rate and no weight decay. So that the two forms can be compared, its first rows are copied from the store's.
+# **The table as a parameter.** The step is the same. Only the optimizer must know the table, which needs a larger
+# learning rate and no weight decay. The first rows of the table are copied from the store's first rows. So the two forms
+# can be compared.
 
 # %%
 store = MemoryStore.create(engram, token_map, CatchUpAdam(table_rates, b1=0.9, b2=0.95))  # ENGRAM
@@ -242,12 +245,12 @@ del model, params, optimizer
 
 # %% [markdown]
 # **The store.** The table leaves the model. Which rows a batch needs follows from its tokens (`plan`), so they are read
-# before the model runs (`fetch`) and enter as an argument. The loss is differentiated with respect to *them*, and the
-# store adds up the gradients of rows that were read twice (`reduce`) and updates those rows (`update`). No array of the
-# table's size is computed anywhere.
+# before the model runs (`fetch`) and enter as an argument. The loss is differentiated with respect to *the rows*. The
+# store adds up the gradients of rows that were read twice (`reduce`) and updates the rows of the batch (`update`). No
+# array of the table's size is computed anywhere.
 #
-# Its optimizer is *catch-up Adam*: what dense Adam would have done to a row in the steps that did not read it is added
-# in closed form when it is read again.
+# The optimizer of the store is *catch-up Adam*. Dense Adam also moves a row in the steps that do not read it. Catch-up
+# Adam adds these moves, in closed form, when the row is read again.
 
 # %%
 graphdef, params = nnx.split(Transformer("store", nnx.Rngs(0)))
@@ -281,18 +284,19 @@ results["store"] = train("store", state, store_step, store_eval)
 # %% [markdown]
 # ## What you see
 #
-# * The two forms of the memory are one model: they read the same rows, and their curves lie on each other. The cell
-#   below prints by how much they part: rounding, which training amplifies. (Two runs of the *table* form parted by up
-#   to 0.03 in one loss when the first rows of one were changed in the seventh digit.)
-# * The memory helps a lot here, and you should not expect as much elsewhere. A byte model must learn spelling, and
-#   n-grams of bytes *are* spelling; and after so few steps the model without memory knows little more than pairs of
-#   letters.
-# * The comparison is not one of equals: the reader adds weights, and the table many more. For one at equal parameters
-#   and FLOPs run `python -m experiments.run moe_tiny engram_tiny`.
-# * Training goes lower than the held-out files, more so with memory: rows also learn what only these files contain.
-# * With the table as a parameter every step computes a gradient and an Adam update of the whole table; with the store,
-#   of the rows read. At 400,000 rows of 16 numbers that is a small difference. Set `engram_vocab_size=500_000` and run
-#   everything again: the one grows with the table, the other does not.
+# * The two forms of the memory are one model. They read the same rows, and their curves lie on each other. The cell below
+#   prints the largest difference: it is rounding, which training amplifies. (We changed the first rows of a run of the
+#   *table* form in the seventh digit. One of its losses then differed by up to 0.03.)
+# * The memory helps a lot here. Do not expect as much elsewhere. A byte model must learn spelling, and n-grams of bytes
+#   *are* spelling. After so few steps the model without memory knows little more than pairs of letters.
+# * The models do not cost the same: the reader adds weights, and the table many more. For a comparison at equal
+#   parameters and FLOPs run `uv run python -m experiments.run moe_tiny engram_tiny` in a clone.
+# * The training loss is lower than the held-out loss, more so with memory: rows also learn what only the training files
+#   contain.
+# * With the table as a parameter, every step computes a gradient and an Adam update of the whole table. With the store,
+#   it computes them for the rows that were read. At 400,000 rows of 16 numbers that is a small difference. Set
+#   `engram_vocab_size=500_000` and run everything again: the time of the first form grows with the table, the time of the
+#   store does not.
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.8))
@@ -316,14 +320,15 @@ print(f"{used:,} of {constants.num_rows(layer):,} rows were ever read in trainin
 # %% [markdown]
 # ## And in your model?
 #
-# * *What to copy:* the lines marked `# ENGRAM`. The reader wants the hidden state `[batch, seq, streams, width]` and the
-#   rows `[batch, seq, heads, head_dim]`; the store wants the token ids, also of packed documents (`segment_ids`).
+# * *What to copy:* the lines marked `# ENGRAM`. The reader takes the hidden state `[batch, seq, streams, width]` and the
+#   rows `[batch, seq, heads, head_dim]`. The store takes the token ids, also of packed documents (`segment_ids`).
 # * *With a tokenizer:* `TokenMap.from_tokenizer(tokenizer)` instead of `TokenMap.identity`, so that `Name` and ` name`
 #   share their rows.
-# * *On several devices:* `MemoryStore.create(..., shards=mesh.size)` under `jax.set_mesh(mesh)` cuts the rows over all of
-#   them. Four devices that are none, for a try: `XLA_FLAGS=--xla_force_host_platform_device_count=4`.
-# * *What needs a TPU:* nothing here. TPU pods are for what one machine cannot hold. A table that does not even fit
-#   into the memory of all chips lies in that of their hosts (`placement`), and only a batch's rows cross.
+# * *On several devices:* `MemoryStore.create(..., shards=mesh.size)` under `jax.set_mesh(mesh)` cuts the rows over all
+#   devices. To try it on a CPU, set `XLA_FLAGS=--xla_force_host_platform_device_count=4`: JAX then shows four devices.
+# * *On a TPU:* nothing here needs one. TPU pods are for models that one machine cannot hold. A table may be too
+#   large even for the memory of all chips. Then it lies in the memory of their hosts (`placement`), and only the rows of
+#   a batch cross.
 #
-# [docs/memory.md](../docs/memory.md) says where a row lives, how it is addressed and who updates it;
-# [inside a memory](inside_a_memory.ipynb) opens a trained table.
+# [docs/memory.md](../docs/memory.md) says where a row lies, how it is addressed and how it is updated.
+# [Inside a memory](inside_a_memory.ipynb) opens a trained table.

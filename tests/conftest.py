@@ -21,7 +21,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
+pytest_plugins = "seeds"
 
 MOST_MAPS = 20_000
 

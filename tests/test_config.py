@@ -10,6 +10,7 @@ from engram_jax.config import (
     ConfigError,
     DataConfig,
     EngramConfig,
+    MemoryConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
@@ -110,6 +111,10 @@ def test_json_brings_a_config_back(model):
     run = RunConfig(name="there", model=model, optimizer=OptimizerConfig(decay_at=(0.5,), decay_to=(0.1,)))
     assert from_dict(RunConfig, to_dict(run)) == run
     assert differences(run, from_dict(RunConfig, to_dict(run))) == []
+
+
+def test_a_former_name_of_a_field_is_read():
+    assert from_dict(MemoryConfig, {"sight_every": 7}) == MemoryConfig(monitor_every=7)
 
 
 def test_an_unknown_field_is_named():

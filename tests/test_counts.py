@@ -20,10 +20,12 @@ from engram_jax.config import (
 )
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.quantized import FrozenFP8
-from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS, bytes_per_row
+from engram_jax.memory.row_optimizers import bytes_per_row
 from engram_jax.memory.store import MemoryStore
 from engram_jax.model import Model, split
 from engram_jax.optimizers.groups import make_optimizer
+from engram_jax.optimizers.roles import roles
+from engram_jax.registries import ROW_OPTIMIZERS
 from experiments.runs.registry import RUNS, build
 
 TINY = ModelConfig(
@@ -148,7 +150,7 @@ def test_state_bytes_are_what_the_optimizer_allocates(matrix_optimizer):
         str(i): {leaf.name: jax.ShapeDtypeStruct((leaf.copies, *leaf.shape), jnp.float32)}
         for i, leaf in enumerate(counts.leaves(TINY))
     }
-    optimizer = make_optimizer(config, optax.constant_schedule(1e-3), params)
+    optimizer = make_optimizer(config, optax.constant_schedule(1e-3), params, roles(TINY))
     slots = jax.eval_shape(optimizer.init, params)
     allocated = sum(4 * x.size for x in jax.tree.leaves((params, slots)) if x.ndim)
     stated = counts.state_bytes(TINY, config, MemoryConfig())

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from seeds import rng_of
 
 from engram_jax import counts
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig, replace
@@ -53,8 +54,7 @@ def make_store(config):
 class Whole:
     """A random model with its memory, as a compiled function of tokens."""
 
-    def __init__(self, config=CONFIG):
-        rng = np.random.default_rng()
+    def __init__(self, rng, config=CONFIG):
         self.config, self.store = config, make_store(config)
         self.structure, self.params, self.buffers = make(config, rng)
         self.memory = self.store.init(jax.random.key(rng.integers(1 << 30)))
@@ -73,8 +73,8 @@ class Whole:
 
 
 @pytest.fixture(scope="module")
-def whole():
-    return Whole()
+def whole(request):
+    return Whole(rng_of(request))
 
 
 def random_tokens(rng, shape=(B, T)):
@@ -86,8 +86,7 @@ def one_document(tokens):
     return np.ones_like(tokens), positions
 
 
-def test_no_position_sees_a_later_token(whole):
-    rng = np.random.default_rng()
+def test_no_position_sees_a_later_token(whole, rng):
     tokens = random_tokens(rng)
     where = one_document(tokens)
     changed_at, changed = 13, tokens.copy()
@@ -97,11 +96,11 @@ def test_no_position_sees_a_later_token(whole):
     assert (np.abs(after - before)[:, changed_at:].max(axis=-1) > 1e-3).all()
 
 
-def test_no_position_sees_a_later_row(whole):
+def test_no_position_sees_a_later_row(whole, rng):
     """By gradients, which are exact zeros: of one position's output with respect to every row and embedding."""
     at = 11
     # each token once, so that its embedding is its position's
-    tokens = np.random.default_rng().permutation(np.arange(3, 3 + T, dtype=np.int32))[None]
+    tokens = rng.permutation(np.arange(3, 3 + T, dtype=np.int32))[None]
     segment_ids, positions = one_document(tokens)
 
     def output(rows, embedding_vd):
@@ -117,8 +116,8 @@ def test_no_position_sees_a_later_row(whole):
         assert (np.abs(grad_T)[at + 1 :] == 0).all()
 
 
-def test_packed_documents_are_as_alone(whole):
-    rng, lengths = np.random.default_rng(), [9, 5, 10]
+def test_packed_documents_are_as_alone(whole, rng):
+    lengths = [9, 5, 10]
     tokens = random_tokens(rng, (1, T))
     ends = np.cumsum(lengths)
     segment_ids = np.repeat([1, 2, 3], lengths)[None].astype(np.int32)
@@ -132,22 +131,20 @@ def test_packed_documents_are_as_alone(whole):
         np.testing.assert_allclose(packed[end - length : end], logits[0, :length], rtol=0, atol=2e-5)
 
 
-def test_options_let_documents_see_each_other(whole):
-    rng = np.random.default_rng()
+def test_options_let_documents_see_each_other(whole, rng):
     tokens = random_tokens(rng)
     segment_ids = np.repeat(np.array([[1, 2]], np.int32), T // 2, axis=1).repeat(B, axis=0)
     positions = np.tile(np.arange(T // 2, dtype=np.int32), (B, 2))
     changed = tokens.copy()
     changed[:, : T // 2] = random_tokens(rng, (B, T // 2))
-    attends = Whole(replace(SMALL, attend_across_documents=True))
-    reads = Whole(replace(SMALL, engram__engram_cross_documents=True))
+    attends = Whole(rng, replace(SMALL, attend_across_documents=True))
+    reads = Whole(rng, replace(SMALL, engram__engram_cross_documents=True))
     for model, sees in ((whole, False), (attends, True), (reads, True)):
         before, after = (np.asarray(model.logits(x, segment_ids, positions)) for x in (tokens, changed))
         assert (np.abs(after - before)[:, T // 2 :].max() > 1e-3) == sees
 
 
-def test_zero_rows_are_no_memory():
-    rng = np.random.default_rng()
+def test_zero_rows_are_no_memory(rng):
     model = nnx.merge(*make(SMALL, rng))
     tokens = random_tokens(rng)
     rows = make_rows(SMALL, tokens)
@@ -169,7 +166,7 @@ def unstacked(config, params):
     }
 
 
-def test_without_memory_it_is_the_moe_model_bit_for_bit():
+def test_without_memory_it_is_the_moe_model_bit_for_bit(rng):
     engram = replace(SMALL, num_hidden_layers=3, engram__engram_layer_ids=(1,))
     moe = replace(engram, engram=EngramConfig())
     assert (len(segments(engram)), len(segments(moe))) == (2, 1)
@@ -183,7 +180,7 @@ def test_without_memory_it_is_the_moe_model_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, unstacked(engram, ours), unstacked(moe, theirs))
     assert set(ours) - set(theirs) == {"engram"}
 
-    tokens = random_tokens(np.random.default_rng())
+    tokens = random_tokens(rng)
     zeros = jax.tree.map(jnp.zeros_like, make_rows(engram, tokens))
     engram_hidden = nnx.merge(split_structure(engram), ours, our_buffers).hidden(tokens, zeros)[0]
     moe_hidden = nnx.merge(graphdef, theirs, buffers).hidden(tokens)[0]
@@ -199,8 +196,8 @@ def split_structure(config):
     return split(nnx.eval_shape(lambda: Model(config, jax.random.key(0))))[0]
 
 
-def test_scanned_blocks_are_blocks_in_turn(whole):
-    tokens = random_tokens(np.random.default_rng())
+def test_scanned_blocks_are_blocks_in_turn(whole, rng):
+    tokens = random_tokens(rng)
     segment_ids, positions = one_document(tokens)
     rows, model = whole.rows(tokens, segment_ids), whole.model()
 
@@ -230,9 +227,9 @@ def loss_and_grads(config, params, buffers, rows, tokens, targets):
 
 
 @pytest.fixture(scope="module")
-def plain():
+def plain(request):
     """Inputs of `loss_and_grads` at SMALL, and its result without rematerialisation and chunks."""
-    rng = np.random.default_rng()
+    rng = rng_of(request)
     _, params, buffers = make(SMALL, rng)
     tokens = random_tokens(rng)
     targets = np.where(rng.random((B, T)) < 0.2, NO_LOSS, random_tokens(rng)).astype(np.int32)
@@ -274,8 +271,7 @@ def test_remat_policies_differ(plain):
     assert products["dots"] < products["full"]
 
 
-def test_loss_is_the_targets_negative_log_probability(whole):
-    rng = np.random.default_rng()
+def test_loss_is_the_targets_negative_log_probability(whole, rng):
     hidden_BTD = jnp.asarray(rng.normal(size=(B, T, 16)), jnp.float32)
     targets = random_tokens(rng)
     targets[0, :4] = NO_LOSS
@@ -289,20 +285,20 @@ def test_loss_is_the_targets_negative_log_probability(whole):
     assert (losses[0, :4] == 0).all() and (losses > 0).sum() == B * T - 4
 
 
-def test_tied_embeddings_are_the_head():
-    structure, params, buffers = make(replace(SMALL, tie_word_embeddings=True), np.random.default_rng())
+def test_tied_embeddings_are_the_head(rng):
+    structure, params, buffers = make(replace(SMALL, tie_word_embeddings=True), rng)
     assert "head_dv" not in params
-    hidden_BTD = np.random.default_rng().normal(size=(1, 3, 16)).astype(np.float32)
+    hidden_BTD = rng.normal(size=(1, 3, 16)).astype(np.float32)
     expected = hidden_BTD @ params["embedding_vd"].T
     model = nnx.merge(structure, params, buffers)
     np.testing.assert_allclose(model.logits(jnp.asarray(hidden_BTD)), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_one_stream_is_an_ordinary_residual_network():
+def test_one_stream_is_an_ordinary_residual_network(rng):
     config = replace(CONFIG, hc_mult=1, moe=MoEConfig(), engram=EngramConfig(), num_hidden_layers=2)
-    graphdef, params, buffers = make(config, np.random.default_rng())
+    graphdef, params, buffers = make(config, rng)
     model = nnx.merge(graphdef, params, buffers)
-    tokens = random_tokens(np.random.default_rng())
+    tokens = random_tokens(rng)
     _, positions = one_document(tokens)
     x_BTD = params["embedding_vd"][tokens]
     for i in range(2):

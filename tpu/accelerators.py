@@ -1,4 +1,4 @@
-"""The TPU types there are, what they hold, and what they cost."""
+"""TPU types: chips, hosts, memory and list prices."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PRICES_ARE = "on-demand list price in the US, 2025; check https://cloud.google.c
 class Generation:
     name: str
     gcloud_name: str
-    """What --accelerator-type begins with."""
+    """The first part of gcloud's --accelerator-type."""
     per_chip: int
-    """The number in a type counts cores for v4 and v5p (two per chip), chips for v5e and v6e."""
+    """Cores that the number of a type counts per chip: 2 for v4 and v5p, 1 for v5e and v6e."""
     sizes: tuple[int, ...]
-    """Numbers a type may end with, those beyond one cube of 64 chips apart."""
+    """Numbers that a type may end with, up to one cube of 64 chips."""
     cubes: int
-    """Whole cubes of 64 chips also make a slice, up to this many."""
+    """Largest number of whole cubes of 64 chips in a slice; 0: no cubes."""
     one_host: int
-    """Up to so many chips share one VM; larger slices have four chips per VM."""
+    """Largest number of chips in one VM. Larger slices have four chips per VM."""
     hbm_gb: int
     bf16_tflops: int
     runtime: str
@@ -79,25 +79,25 @@ class Type:
 
 
 def parse_type(text: str) -> Type:
-    """The type of that name: v5e-8 and gcloud's v5litepod-8 are the same one.
+    """The type of that name; v5e-8 and gcloud's v5litepod-8 are the same type.
 
     Raises:
-      TpuError: there is none; names those there are.
+      TpuError: the type does not exist; the message lists the valid types.
     """
     word = text.strip().lower()
     family, _, number = word.rpartition("-")
     if family in ("tpu7x", "v7x", "v7", "ironwood") or word in ("tpu7x", "ironwood"):
-        raise TpuError(f"--type {text}: TPU7x is only rented out through GKE; see 'Through GKE' in tpu/README.md.")
+        raise TpuError(f"--type {text} is rented out only through GKE: see 'Through GKE' in tpu/README.md.")
     generation = next((g for g in GENERATIONS.values() if family in (g.name, g.gcloud_name)), None)
     if generation is None:
         near = difflib.get_close_matches(family or word, GENERATIONS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise TpuError(
-            f"--type {text!r} does not exist{hint}. There are: {'; '.join(map(sizes, GENERATIONS.values()))}."
+            f"--type {text!r} does not exist{hint}. Valid types: {'; '.join(map(sizes, GENERATIONS.values()))}."
         )
-    # ASCII digits only, no leading zero: what is passed on is what the user wrote.
+    # ASCII digits only and no leading zero: gcloud gets the number as the user wrote it.
     if not (number.isascii() and number.isdigit() and number == str(int(number)) and _exists(generation, int(number))):
-        raise TpuError(f"--type {text!r} does not exist. There are: {sizes(generation)}.")
+        raise TpuError(f"--type {text!r} does not exist. Valid types: {sizes(generation)}.")
     return Type(generation, int(number))
 
 
@@ -119,5 +119,5 @@ def table() -> str:
     lines = [f"{'':4} {'HBM/chip':>9} {'bf16/chip':>12} {'$/chip-hour':>12}  types"]
     for g in GENERATIONS.values():
         lines.append(f"{g.name:4} {g.hbm_gb:>6} GB {g.bf16_tflops:>5} TFLOP/s {g.dollars:>12.2f}  {sizes(g)}")
-    cores = "The number counts TensorCores, two per chip, for v4 and v5p; chips for v5e and v6e."
+    cores = "The number counts chips for v5e and v6e, and TensorCores (two per chip) for v4 and v5p."
     return "\n".join([*lines, cores, f"Prices: {PRICES_ARE}."])

@@ -1,7 +1,7 @@
-"""What the supervisor runs:  python -m tpu.child RUN ...  is  python -m experiments.run RUN ...  that can be profiled.
+"""The command of the supervisor: `python -m tpu.child RUN ...` is `python -m experiments.run RUN ...` with profiling.
 
-A thread beside the run waits for `python -m tpu.child --profile SECONDS` on the same machine, and then traces the run
-for that long into ~/.engram_jax/profile, in TensorBoard's format. Nothing is traced, and nothing slowed, until asked.
+A thread beside the run waits for `python -m tpu.child --profile SECONDS` on the same machine. It then traces the run
+for that time into ~/.engram_jax/profile, in TensorBoard's format. Without such a request nothing is traced or slowed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Requests:
         self.asked, self.answered, self.trace = folder / "profile.ask", folder / "profile.done", folder / "profile"
 
     def ask(self, seconds: float, patience: float = 120) -> int:
-        """Asks the run for a trace and waits for it."""
+        """Asks the run for a trace, and waits for it; returns the exit status."""
         shutil.rmtree(self.trace, ignore_errors=True)
         self.answered.unlink(missing_ok=True)
         _write(self.asked, json.dumps(seconds))
@@ -30,7 +30,7 @@ class Requests:
         while not self.answered.exists():
             if time.monotonic() > until:
                 self.asked.unlink(missing_ok=True)
-                print("error: no run answered; is one going on here, and past its start?", file=sys.stderr)
+                print("error: no run answered. Is a run going on here that has found its devices?", file=sys.stderr)
                 return 1
             time.sleep(0.1)
         answer = self.answered.read_text()
@@ -52,20 +52,20 @@ class Requests:
         try:
             with jax.profiler.trace(str(self.trace)):
                 time.sleep(seconds)
-        except Exception as error:  # a profiler's trouble must not end the run
+        except Exception as error:  # an error of the profiler must not end the run
             message = f"error: {error}"
         _write(self.answered, message)
 
 
 def _write(file: Path, text: str) -> None:
-    """At once, for a reader that waits for the file."""
+    """Writes the file in one step, so that a waiting reader never sees a part of it."""
     whole = file.with_suffix(".new")
     whole.write_text(text)
     whole.replace(file)
 
 
 def _backends_exist() -> bool:
-    """Whether the run has found its devices: a trace that began before would keep it from joining the other hosts."""
+    """Whether the run has found its devices. An earlier trace would keep the run from joining the other hosts."""
     bridge = sys.modules.get("jax._src.xla_bridge")
     return getattr(bridge, "backends_are_initialized", lambda: False)()  # the module may be half imported
 

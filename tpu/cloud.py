@@ -1,4 +1,4 @@
-"""The verbs that ask for slices, look at them and delete them."""
+"""The verbs create, wait, delete and account, and the table of status."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tpu.gcloud import Gcloud
 from tpu.slices import LABEL, Slice
 
 EMAIL = r"[a-z0-9-]+@[a-z0-9.-]+\.gserviceaccount\.com"
-# Object access to the one bucket, and what the VM's own agents write. A run asks the TPU API nothing.
+# Roles for logs and metrics, which the VM's own agents write. A run does not use the TPU API.
 PROJECT_ROLES = ("roles/logging.logWriter", "roles/monitoring.metricWriter")
 BUCKET_ROLE = "roles/storage.objectUser"
 
 
 def create(gcloud: Gcloud, wanted: Slice, run_dir: str, valid_until: str) -> None:
-    """Asks for a slice, after all that can be checked from here."""
+    """Checks the arguments, then asks for a slice."""
     check_name(wanted.name)
     if wanted.spot and wanted.reserved:
-        raise TpuError("--spot and --reserved exclude each other: a reservation is not preempted.")
+        raise TpuError("--spot and --reserved exclude each other. Give one of them: a reservation is not preempted.")
     if wanted.count < 1:
-        raise TpuError(f"--slices {wanted.count}: at least 1.")
+        raise TpuError(f"--slices {wanted.count} must be at least 1.")
     if valid_until:
         check_word("--valid-until", valid_until, r"(\d+[smhd])+", "6h")
     if wanted.service_account:
@@ -35,7 +35,7 @@ def create(gcloud: Gcloud, wanted: Slice, run_dir: str, valid_until: str) -> Non
     if run_dir:
         check_writable(gcloud, check_run_dir(run_dir))
     if not wanted.service_account:
-        _note("without --service-account the VMs act as the project's default account, which may do too much.")
+        _note("note: without --service-account the VMs use the project's default account, which may have many rights.")
     assert wanted.type is not None
     rate = wanted.count * wanted.type.dollars_per_hour
     _note(f"asking for {wanted}: {rate:.2f} $ an hour once it runs ({PRICES_ARE}).")
@@ -44,10 +44,14 @@ def create(gcloud: Gcloud, wanted: Slice, run_dir: str, valid_until: str) -> Non
 
 
 def wait(gcloud: Gcloud, name: str, every: float, minutes: float, sleep: Callable[[float], None] = time.sleep) -> Slice:
-    """Until the slice can be used.
+    """Waits until the slice is ready, and returns it.
+
+    Args:
+      every: seconds between two checks.
+      minutes: time limit; 0: no limit.
 
     Raises:
-      CloudError: it never will, or not within so many minutes (0: no limit), or gcloud fails five times in a row.
+      CloudError: the slice cannot become ready, the time is over, or gcloud failed five times in a row.
     """
     waited, failures, last = 0.0, 0, ""
     while True:
@@ -75,15 +79,15 @@ def wait(gcloud: Gcloud, name: str, every: float, minutes: float, sleep: Callabl
 
 
 def table(found: Sequence[Slice], price: float | None, zone: str | None) -> str:
-    """One line a slice, with what it has cost so far; `price`: dollars per chip-hour instead of the list's."""
+    """A table with one line per slice and its cost so far. `price`: dollars per chip-hour; None: the list price."""
     if not found:
-        return f"No slice bears the label {LABEL!r}{f' in {zone}' if zone else ''}; --zone=- asks all zones."
+        return f"No slice has the label {LABEL!r}{f' in {zone}' if zone else ''}; --zone=- asks all zones."
     columns = ("NAME", "STATE", "TYPE", "HOW", "AGE", "PREEMPTIONS", "$/HOUR", "$ SO FAR")
     rows = [columns, *(_row(one, price) for one in found)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     lines = ["  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     basis = PRICES_ARE if price is None else f"{price:g} $ per chip-hour"
-    lines.append(f"$: an estimate, chips x hours x {basis}. Spot and committed use cost less, waiting in line nothing.")
+    lines.append(f"$ is an estimate: chips x hours x {basis}. Spot and committed use cost less. Waiting costs nothing.")
     return "\n".join(lines)
 
 
@@ -100,34 +104,36 @@ def _row(one: Slice, price: float | None) -> tuple[str, ...]:
 def delete(gcloud: Gcloud, name: str, yes: bool, ask: Callable[[str], str] = input) -> None:
     found = slices.find(gcloud, check_name(name))
     if gcloud.dry_run:
-        print("# then, if it bears the label and you type its name, whichever of the two it is:")
+        print("# then, if the slice has the label and you type its name, one of these two commands:")
         for queued in (True, False):
             slices.delete(gcloud, dataclasses.replace(found, queued=queued))
         return
     slices.check_label(found)
-    print("This deletes, with all that is on its disks:")
+    print("This deletes, with everything on its disks:")
     print(f"  {'queued resource' if found.queued else 'TPU VM'}  {found.path or name}  ({found.state}, {found})")
     if found.queued:
         for node in found.nodes:
             print(f"  TPU VM  {node}")
-    print("What is in a bucket stays.")
+    print("Files in a bucket stay.")
     if not yes:
         try:
             typed = ask(f"Type {name} to delete it: ")
         except EOFError:
-            raise TpuError("nobody to ask, so nothing was deleted: run this in a terminal, or add --yes.") from None
+            raise TpuError(
+                "the question was not answered, so nothing was deleted. Use a terminal, or add --yes."
+            ) from None
         if typed.strip() != name:
-            raise TpuError(f"{typed!r} is not {name!r}: nothing was deleted.")
+            raise TpuError(f"{typed!r} is not {name!r}, so nothing was deleted.")
     slices.delete(gcloud, found)
     print(f"Deleted {name}.")
 
 
 def account(gcloud: Gcloud, bucket: str, name: str) -> None:
-    """A service account that may do what a run needs, and nothing else."""
+    """Makes a service account with the rights that a run needs, and no others."""
     if not gcloud.project:
-        raise TpuError("--project: give the project's ID; the account's address contains it.")
+        raise TpuError("--project is missing. Give the project's ID, which is part of the account's address.")
     check_word("--bucket", bucket, r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]/?", "gs://BUCKET")
-    check_word("--name", name, r"[a-z][a-z0-9-]{4,28}[a-z0-9]", "engram-jax, 6 to 30 characters")
+    check_word("--name", name, r"[a-z][a-z0-9-]{4,28}[a-z0-9]", "engram-jax, with 6 to 30 characters")
     email = f"{name}@{gcloud.project}.iam.gserviceaccount.com"
     member = f"--member=serviceAccount:{email}"
     try:
@@ -139,9 +145,9 @@ def account(gcloud: Gcloud, bucket: str, name: str) -> None:
     gcloud.change("storage", "buckets", binding, bucket.rstrip("/"), member, f"--role={BUCKET_ROLE}", zonal=False)
     for role in PROJECT_ROLES:
         gcloud.change("projects", binding, gcloud.project, member, f"--role={role}", "--condition=None", zonal=False)
-    _note(f"{email} may use the objects in {bucket} and write logs and metrics. Give it to create --service-account.")
+    _note(f"{email} may use the objects in {bucket} and write logs and metrics. Next: create --service-account {email}")
 
 
 def _note(text: str) -> None:
-    """For the eye: a dry run's standard output holds commands only."""
+    """Prints to standard error: the standard output of a dry run holds only commands."""
     print(text, file=sys.stderr, flush=True)

@@ -1,12 +1,12 @@
-"""The exceptions that a user sees: one clear line each, with what is wrong, its value and the remedy."""
+"""The exceptions that a user sees. Each is one line: what is wrong, with its value, and what to do."""
 
 
 class TpuError(Exception):
-    """A mistake in the arguments: nothing was done. `python -m tpu` prints it and exits with 2."""
+    """A mistake in the arguments; nothing was done. `python -m tpu` prints it and exits with 2."""
 
 
 class CloudError(TpuError):
-    """gcloud, or a worker, refused. `python -m tpu` exits with 1."""
+    """gcloud or a worker refused. `python -m tpu` prints it and exits with 1."""
 
 
 class NotMounted(CloudError):
@@ -14,8 +14,8 @@ class NotMounted(CloudError):
 
 
 class NotFound(CloudError):
-    """The resource does not exist (any more)."""
+    """The resource does not exist, or exists no longer."""
 
 
 class Deleted(NotFound):
-    """The slice that is watched: somebody else deleted it, or never made it."""
+    """The watched slice does not exist: somebody else deleted it, or nobody created it."""

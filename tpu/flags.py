@@ -1,9 +1,11 @@
-"""LIBTPU_INIT_ARGS worth a try, by TPU generation. None is set unless `launch --libtpu-flags` asks.
+"""Compiler flags (LIBTPU_INIT_ARGS) that may make a run faster, by TPU generation.
 
-Most flags in old recipes are defaults by now, and some end the process: async-collective fusion of all-gathers, for
-one, is refused by libtpu 0.0.50 on anything but v5e, and an unknown flag is fatal too. So a set stands here only if the
-TPU compiler takes it (tests/tpu/test_flags.py compiles with each, without a TPU). None has been timed on a TPU by this
-project: measure a step with and without.
+No flag is set without `launch --libtpu-flags`. This project has timed none of them on a TPU: measure a step with and
+without.
+
+Most flags in old recipes are defaults by now. Some end the process: libtpu 0.0.50 refuses async-collective fusion of
+all-gathers on every chip except v5e, and an unknown flag is fatal too. So a flag stands here only if the TPU compiler
+accepts it (tests/tpu/test_flags.py compiles with each set, without a TPU).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A slice, or several as one: what is asked for, what gcloud says of it, and the commands on it.
+"""A TPU slice, or several as one: how to create, find and delete it, and how to run commands on it.
 
-gcloud knows two kinds: a TPU VM (`tpu-vm`: there at once or not at all) and a queued resource (`queued-resources`:
-waits in line, may hold several slices, and creates the TPU VMs itself). All that differs between them is in this file.
+gcloud has two kinds of resource: a TPU VM (`tpu-vm`: ready at once or not at all) and a queued resource
+(`queued-resources`: waits in line, may hold several slices, and creates the TPU VMs itself). Only this file knows the
+differences between them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from tpu.gcloud import Gcloud
 VM = ("compute", "tpus", "tpu-vm")
 QUEUED = ("compute", "tpus", "queued-resources")
 
-# The label marks what is ours, with the name as its value; `watch` carries the other two over to the next life.
+# The first label marks slices that python -m tpu made; its value is the name. `watch` copies the other two to the slice
+# that replaces a preempted one.
 LABEL, PREEMPTIONS, CHIP_MINUTES = "engram-jax", "engram-jax-preemptions", "engram-jax-chip-minutes"
 
 READY = ("ACTIVE", "READY")
@@ -32,7 +34,7 @@ class Slice:
     type: Type | None
     queued: bool = False
     count: int = 1
-    """Slices that train together, over the data-centre network."""
+    """Number of slices that train together over the data-centre network."""
     spot: bool = False
     reserved: bool = False
     runtime: str = ""
@@ -43,9 +45,9 @@ class Slice:
     state: str = "UNKNOWN"
     why: str = ""
     path: str = ""
-    """projects/.../locations/.../nodes/NAME, as gcloud has it."""
+    """gcloud's full name: projects/.../locations/.../nodes/NAME."""
     created: datetime.datetime | None = None
-    """When the VMs came into being: from then on it costs."""
+    """Time when the VMs were created: from then on the slice costs."""
 
     @property
     def ready(self) -> bool:
@@ -76,11 +78,11 @@ class Slice:
         return _number(self.labels.get(PREEMPTIONS))
 
     def hours(self, now: datetime.datetime) -> float:
-        """Since the VMs are there; 0 for a request that waits, or whose VMs are gone."""
+        """Hours since the VMs were created; 0 for a waiting request, and for a slice whose VMs are gone."""
         return (now - self.created).total_seconds() / 3600 if self.created and not self.gone else 0.0
 
     def chip_hours(self, now: datetime.datetime) -> float:
-        """In this life and those before it."""
+        """Chip-hours of this slice and of the slices that it replaced."""
         return self.chips * self.hours(now) + _number(self.labels.get(CHIP_MINUTES)) / 60
 
     def __str__(self) -> str:
@@ -93,7 +95,7 @@ def _number(text: str | None) -> int:
 
 
 def create(gcloud: Gcloud, wanted: Slice, valid_until: str = "") -> None:
-    """Asks for a slice; a queued one is not there yet when this returns."""
+    """Asks for a slice. A queued slice is not ready yet when this returns."""
     assert wanted.type is not None
     version = "--runtime-version" if wanted.queued else "--version"
     words = [
@@ -119,46 +121,46 @@ def create(gcloud: Gcloud, wanted: Slice, valid_until: str = "") -> None:
 def check_label(found: Slice) -> None:
     if LABEL not in found.labels:
         raise TpuError(
-            f"{found.path or found.name} lacks the label {LABEL!r}: it was not made by python -m tpu, which does not "
-            "delete it. If it is yours, delete it with gcloud."
+            f"{found.path or found.name} lacks the label {LABEL!r}: python -m tpu did not make it, and does not delete "
+            "it. If it is yours, delete it with gcloud."
         )
 
 
 def delete(gcloud: Gcloud, found: Slice) -> None:
-    """Deletes a slice and its VMs; refuses what does not bear the label."""
+    """Deletes a slice and its VMs. Refuses a slice without the label."""
     check_label(found)
     if found.queued:
-        gcloud.change(*QUEUED, "delete", found.name, "--force")  # --force: with its VMs
+        gcloud.change(*QUEUED, "delete", found.name, "--force")  # --force deletes its VMs too
     else:
         gcloud.change(*VM, "delete", found.name)
 
 
 def find(gcloud: Gcloud, name: str) -> Slice:
-    """What gcloud knows of the slice `name`. On a dry run: takes it for one TPU VM that is ready.
+    """The slice `name`, as gcloud describes it. On a dry run: one TPU VM that is ready.
 
     Raises:
-      NotFound: there is neither a queued resource nor a TPU VM of that name.
-      CloudError: gcloud does not say whether there is.
+      NotFound: no queued resource and no TPU VM has that name.
+      CloudError: gcloud failed, so nobody knows whether the slice exists.
     """
     if gcloud.dry_run:
-        print(f"# {name} is looked up first; below it is taken for one slice that is ready")
+        print(f"# the first two commands look {name} up; the other commands assume one slice that is ready")
         gcloud.read(*QUEUED, "describe", name)
         gcloud.read(*VM, "describe", name)
         return Slice(name, None, state="READY", labels={LABEL: name})
     try:
         found = from_queued(gcloud.read(*QUEUED, "describe", name), name)
         return _with_nodes(gcloud, found) if found.ready else found
-    except NotFound:  # only this: after a hitch, a queued slice's VM would pass for one that was never queued
+    except NotFound:  # only NotFound: after another error, a queued slice's VM would look like one never queued
         pass
     try:
         return from_node(gcloud.read(*VM, "describe", name), name)
     except NotFound:
         where = f" in {gcloud.zone}" if gcloud.zone else ""
-        raise NotFound(f"There is no slice {name!r}{where}; python -m tpu status lists those there are.") from None
+        raise NotFound(f"There is no slice {name!r}{where}; python -m tpu status lists the slices.") from None
 
 
 def _with_nodes(gcloud: Gcloud, found: Slice) -> Slice:
-    """A queued resource says ACTIVE for a while after a VM of it was preempted: the VMs know better."""
+    """The state by its VMs: a queued resource says ACTIVE for a while after one of its VMs was preempted."""
     created = []
     for node in found.nodes:
         try:
@@ -172,7 +174,7 @@ def _with_nodes(gcloud: Gcloud, found: Slice) -> Slice:
 
 
 def list_all(gcloud: Gcloud) -> list[Slice]:
-    """All slices that bear the label."""
+    """All slices with the label."""
     nodes = [from_node(answer, "") for answer in gcloud.read(*VM, "list") or [] if not answer.get("queuedResource")]
     queued = [from_queued(answer, "") for answer in gcloud.read(*QUEUED, "list") or []]
     queued = [_with_nodes(gcloud, s) if s.ready and LABEL in s.labels else s for s in queued]
@@ -181,7 +183,7 @@ def list_all(gcloud: Gcloud) -> list[Slice]:
 
 
 def from_node(answer: Any, name: str) -> Slice:
-    """From `tpu-vm describe`; what is missing there is left at its default."""
+    """The slice that `tpu-vm describe` answers. Missing fields keep their defaults."""
     answer = _table(answer)
     scheduling, network = _table(answer.get("schedulingConfig")), _table(answer.get("networkConfig"))
     return Slice(
@@ -202,7 +204,7 @@ def from_node(answer: Any, name: str) -> Slice:
 
 
 def from_queued(answer: Any, name: str) -> Slice:
-    """From `queued-resources describe`."""
+    """The slice that `queued-resources describe` answers."""
     answer = _table(answer)
     specs = [_table(spec) for spec in _table(answer.get("tpu")).get("nodeSpec") or []] or [{}]
     first, state, guaranteed = specs[0], answer.get("state"), _table(answer.get("guaranteed"))
@@ -235,12 +237,12 @@ def _last(path: Any) -> str:
 
 
 def _state(value: Any) -> str:
-    """`state: READY` of a TPU VM, `state: {state: ACTIVE}` of a queued resource."""
+    """The state, from `state: READY` of a TPU VM or `state: {state: ACTIVE}` of a queued resource."""
     return str((value.get("state") if isinstance(value, dict) else value) or "UNKNOWN").upper()
 
 
 def _errors(value: Any) -> list[str]:
-    """The messages anywhere below `state`: failedData.error.message."""
+    """The messages at any depth of `state`, such as failedData.error.message."""
     if not isinstance(value, dict):
         return []
     own = [str(value["message"])] if "message" in value else []
@@ -255,7 +257,7 @@ def _type(node: dict[str, Any]) -> Type | None:
 
 
 def _type_of_topology(config: dict[str, Any]) -> Type | None:
-    """From {type: V5LITE_POD, topology: 2x4}, the other form in which gcloud answers."""
+    """The type from {type: V5LITE_POD, topology: 2x4}, the other form in which gcloud answers."""
     generation = {"V4": "v4", "V5LITE_POD": "v5e", "V5P": "v5p", "V6E": "v6e"}.get(str(config.get("type")))
     sides = re.findall(r"\d+", str(config.get("topology", "")))
     if generation is None or not sides:
@@ -278,7 +280,7 @@ def _time(text: Any) -> datetime.datetime | None:
 
 
 def ssh(found: Slice, command: str = "", workers: str = "all", ssh_flags: Sequence[str] = ()) -> list[str]:
-    """The gcloud command that runs `command`, a line for the remote shell, on worker 0 or on all workers."""
+    """The gcloud command that runs `command`, a line for the remote shell, on one worker or on all workers."""
     words = [*(QUEUED if found.count > 1 else VM), "ssh", found.name]
     if found.count > 1:
         words.append(f"--node={'all' if workers == 'all' else 0}")
@@ -289,7 +291,7 @@ def ssh(found: Slice, command: str = "", workers: str = "all", ssh_flags: Sequen
 
 
 def scp(found: Slice, source: str, target: str, workers: str = "all") -> list[str]:
-    """The gcloud command that copies; the side on the workers begins with NAME:."""
+    """The gcloud command that copies a file. The path on the workers begins with NAME:."""
     words = [*(QUEUED if found.count > 1 else VM), "scp", source, target]
     if found.count > 1:
         words.append(f"--node={'all' if workers == 'all' else 0}")

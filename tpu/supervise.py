@@ -1,18 +1,18 @@
 """Keeps a run going on one worker:  python -m tpu.supervise --run-dir DIR -- COMMAND ...
 
-Detaches from the terminal, starts the command, and starts it again when it was preempted or killed; the run itself
-resumes from its newest checkpoint. What the command's exit status means (python -m experiments.run):
+Detaches from the terminal, starts the command, and starts it again after a preemption or a kill. The run itself resumes
+from its newest checkpoint. The command's exit status decides (python -m experiments.run):
 
   0   finished                                              not started again
-  1   it cannot go on, and has said why                     not started again
-  2   its settings are wrong                                not started again
+  1   the run cannot continue; its log says why             not started again
+  2   the settings are wrong                                not started again
   75  stopped and saved, on a preemption notice             started again at once
   130 stopped and saved, by a Ctrl-C                        not started again
   any other, or killed by a signal                          started again, after growing pauses
 
-It gives up after five starts in a row that brought no newer checkpoint. `--status` prints one line of JSON; `--stop`
-lets the run save and stop. All files are in ~/.engram_jax: run.log, state.json, lock, and secrets.env, whose lines
-NAME=value the command finds in its environment. Standard library only.
+The supervisor gives up after five starts in a row without a newer checkpoint. `--status` prints one line of JSON;
+`--stop` stops the run after it has saved. All files are in ~/.engram_jax: run.log, state.json, lock, and secrets.env
+with lines NAME=value for the command's environment. This file uses the standard library only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import IO, Any
 
 from tpu import STATUS_MARK
 
-# engram_jax/errors.py, whose import would cost the supervisor its independence.
+# The numbers of engram_jax/errors.py. An import of it would make the supervisor depend on the project's packages.
 FINISHED, FAILED, MISTAKEN, TERMINATED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
@@ -48,7 +48,7 @@ class Supervisor:
         longest_pause: float = 60,  # the other workers wait five minutes in jax.distributed.initialize
         long_enough: float = 600,
     ):
-        """`long_enough`: seconds of running that count as progress where the checkpoints cannot be listed."""
+        """`long_enough`: where the checkpoints cannot be listed, this many seconds of running count as progress."""
         self.command, self.run_dir, self.files = list(command), run_dir, files
         self.attempts, self.first_pause, self.longest_pause = attempts, first_pause, longest_pause
         self.long_enough = long_enough
@@ -57,7 +57,7 @@ class Supervisor:
         self._stop = threading.Event()
 
     def run(self, lock: int) -> int:
-        """Returns the last exit status of the command, when there is nothing more to start."""
+        """Runs the command until it need not start again; returns its last exit status."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._forward)
         in_vain = 0
@@ -88,8 +88,8 @@ class Supervisor:
 
     def _once(self, lock: int) -> int:
         secrets = read_secrets(self.files.secrets)
-        # A session of its own: a Ctrl-C reaches it once, through us. It holds the lock too: should we be killed, no
-        # second run is started beside it.
+        # The run has its own session, so a Ctrl-C reaches it once, through us. It holds the lock too: if we are killed,
+        # no second run starts beside it.
         self._child = child = subprocess.Popen(
             self.command,
             stdin=subprocess.DEVNULL,
@@ -102,14 +102,14 @@ class Supervisor:
             env={**os.environ, "PYTHONUNBUFFERED": "1", **secrets},
         )
         self._say("running", None)
-        if self._stop.is_set():  # asked for between two starts
+        if self._stop.is_set():  # the request came between two starts
             self._signal(signal.SIGTERM)
         assert child.stdout is not None
         reader = threading.Thread(target=self._copy, args=(child.stdout, list(secrets.values())), daemon=True)
         reader.start()
         status = child.wait()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # a data worker left behind would keep the chips
+            os.killpg(child.pid, signal.SIGKILL)  # a remaining data worker would keep the chips
         reader.join(5)
         self._child = None
         return status
@@ -149,7 +149,7 @@ class Supervisor:
 
 
 class Files:
-    """~/.engram_jax, which nobody else may read."""
+    """The files in ~/.engram_jax, which only their owner can read."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder or Path.home() / ".engram_jax"
@@ -200,7 +200,7 @@ def hold(path: Path) -> Iterator[int | None]:
 
 
 def newest_step(run_dir: str) -> int | None:
-    """The newest checkpoint's step, -1 if there is none, None if that cannot be found out."""
+    """The step of the newest checkpoint; -1 without a checkpoint; None if the folder cannot be listed."""
     folder = f"{run_dir.rstrip('/')}/checkpoints/"
     if run_dir.startswith("gs://"):
         try:
@@ -224,11 +224,11 @@ def read_secrets(file: Path) -> dict[str, str]:
 
 
 def launch(command: Sequence[str], run_dir: str, files: Files) -> int:
-    """Detaches and supervises; the status is that of the attempt to start, not of the run."""
+    """Detaches and supervises. Returns the status of the start, not of the run."""
     with hold(files.lock) as lock:
         if lock is None:
             print(
-                f"error: a run is going on here already ({files.read().get('run_dir')}); stop it first.",
+                f"error: a run is going on here already ({files.read().get('run_dir')}). Stop it first.",
                 file=sys.stderr,
             )
             return 1
@@ -253,7 +253,7 @@ def launch(command: Sequence[str], run_dir: str, files: Files) -> int:
 
 
 def stop(files: Files, seconds: float = 600) -> int:
-    """Asks the run to save and stop, and waits for it."""
+    """Asks the run to save and stop, and waits until it has ended; returns the exit status."""
     if not files.locked():
         print("nothing is running")
         return 0
@@ -262,10 +262,12 @@ def stop(files: Files, seconds: float = 600) -> int:
     until = time.monotonic() + seconds
     while files.locked():
         if time.monotonic() > until:
-            print(f"error: still saving after {seconds:g} s; look at the log, or try again.", file=sys.stderr)
+            print(
+                f"error: the run has not stopped after {seconds:g} s. Look at the log, or try again.", file=sys.stderr
+            )
             return 1
         state = files.read()
-        # The supervisor, as soon as it has said its number; should it have been killed, the run it left.
+        # The supervisor, as soon as its process id is known. If it was killed, the run that it left.
         pid = state.get("pid") if _alive(state.get("pid")) else state.get("child")
         if pid and pid not in asked:
             asked.add(pid)
@@ -288,9 +290,9 @@ def main(arguments: Sequence[str]) -> int:
         prog="python -m tpu.supervise", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run-dir", default="", help="the folder with the run's checkpoints")
-    parser.add_argument("--status", action="store_true", help="print what is running, as JSON")
-    parser.add_argument("--stop", action="store_true", help="let the run save and stop")
-    parser.add_argument("command", nargs="*", help="what to run, behind --")
+    parser.add_argument("--status", action="store_true", help="print the state as JSON")
+    parser.add_argument("--stop", action="store_true", help="stop the run after it has saved")
+    parser.add_argument("command", nargs="*", help="the command to run, after --")
     options = parser.parse_args(arguments)
     files = Files()
     if options.status:
@@ -299,7 +301,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.stop:
         return stop(files)
     if not options.command:
-        parser.error("give the command to run, behind --")
+        parser.error("the command is missing: give it after --")
     return launch(options.command, options.run_dir, files)
 
 

@@ -1,4 +1,4 @@
-"""The verbs that put a run on a slice and look at it."""
+"""The verbs that set up a slice, start a run on it and show the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tpu.workers import Job
 def ready(gcloud: Gcloud, name: str) -> Slice:
     found = slices.find(gcloud, check_name(name))
     if not found.ready:
-        raise CloudError(f"{name} is {found.state}, not ready; python -m tpu wait {name}")
+        raise CloudError(f"{name} is {found.state}, not ready. First run: python -m tpu wait {name}")
     return found
 
 
@@ -29,7 +29,7 @@ def setup(gcloud: Gcloud, name: str, hugepages: bool, install_gcsfuse: bool) -> 
 
 
 def job(gcloud: Gcloud, run: str, run_dir: str, overrides: Sequence[str], secrets: str) -> Job:
-    """The job, after all that can be checked from here.
+    """The job, after every check that this machine can do.
 
     Raises:
       TpuError: a setting, the bucket or the file of secrets is wrong.
@@ -60,15 +60,15 @@ def stop(gcloud: Gcloud, name: str) -> None:
 
 def logs(gcloud: Gcloud, name: str, worker: str, lines: int, follow: bool) -> None:
     if worker != "all" and not worker.isdigit():
-        raise TpuError(f"--worker {worker!r}: a number, or all.")
+        raise TpuError(f"--worker {worker!r} must be a number, or all.")
     command = workers.log_command(lines, follow)
     status = gcloud.hand_over(*slices.ssh(ready(gcloud, name), command, worker))
-    if status not in (0, 130):  # 130: Ctrl-C, the way out of --follow
-        raise CloudError(f"no log from {name} (status {status}); was a run launched there?")
+    if status not in (0, 130):  # 130: Ctrl-C, which ends --follow
+        raise CloudError(f"{name} has no log (status {status}). Start a run first: python -m tpu launch {name} ...")
 
 
 def status(gcloud: Gcloud, name: str, price: float | None) -> None:
-    """The table of slices; of a single one also what the supervisors on its workers say."""
+    """Prints the table of slices; for a single slice also the states of its supervisors."""
     found = [slices.find(gcloud, check_name(name))] if name else slices.list_all(gcloud)
     if not gcloud.dry_run:
         print(cloud.table(found, price, gcloud.zone))
@@ -84,18 +84,18 @@ def ssh(gcloud: Gcloud, name: str, worker: str) -> int:
 
 
 def tunnel(gcloud: Gcloud, name: str, run_dir: str, port: int) -> int:
-    """TensorBoard on worker 0, at localhost:PORT here; both end with Ctrl-C."""
+    """Runs TensorBoard on worker 0 and forwards it to localhost:PORT. Ctrl-C ends both."""
     check_run_dir(run_dir)
     found = ready(gcloud, name)
-    print(f"http://localhost:{port} in a moment; Ctrl-C ends it.", file=sys.stderr)
+    print(f"TensorBoard starts at http://localhost:{port}. Ctrl-C ends it.", file=sys.stderr)
     command = workers.tensorboard_command(run_dir, port)
     return gcloud.hand_over(*slices.ssh(found, command, "0", workers.tunnel(port)))
 
 
 def profile(gcloud: Gcloud, name: str, seconds: int, to: str) -> None:
-    """A trace of worker 0, copied here: each into a folder of its own, so that none replaces what is there."""
+    """Traces worker 0 and copies the trace to this machine, into a new folder, so that it replaces no other trace."""
     if not 1 <= seconds <= 60:
-        raise TpuError(f"--seconds {seconds}: between 1 and 60; a few steps are enough, and traces are large.")
+        raise TpuError(f"--seconds {seconds} must be 1 to 60: a few steps are enough, and traces are large.")
     found, now = ready(gcloud, name), datetime.datetime.now(datetime.UTC)
     target = Path(to).expanduser().absolute() / f"{name}-{now:%Y%m%dT%H%M%SZ}"
     workers.on_workers(gcloud, found, workers.profile_command(seconds), "profile", "0")
@@ -103,4 +103,4 @@ def profile(gcloud: Gcloud, name: str, seconds: int, to: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     words = slices.scp(found, f"{name}:~/.engram_jax/profile", str(target), "0")
     workers.hand_over(gcloud, [*words, "--recurse"], f"copying the trace to {target}")
-    print(f"Look at it: uvx --with xprof tensorboard --logdir {shlex.quote(str(target))}", file=sys.stderr)
+    print(f"To see the trace: uvx --with xprof tensorboard --logdir {shlex.quote(str(target))}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""What happens on the workers: command lines for their shells, every word of the user's quoted, and their answers.
+"""Command lines for the shells of the workers, with every word of the user quoted, and the workers' answers.
 
-On a worker, ~/engram_jax is a link to the folder of the commit that was set up last, and ~/.engram_jax (readable by its
-owner only) holds the supervisor's files and the secrets.
+On a worker, ~/engram_jax links to the folder of the commit that was set up last. ~/.engram_jax holds the supervisor's
+files and the secrets; only its owner can read it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HERE = 'cd "$HOME"/engram_jax'
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What `launch` and `watch` start."""
+    """The run that `launch` and `watch` start."""
 
     run: str
     run_dir: str
@@ -40,10 +40,10 @@ class Job:
 
 
 def on_workers(gcloud: Gcloud, found: Slice, command: str, doing: str, workers: str = "all") -> None:
-    """Runs a line of shell on the workers, their output on the terminal.
+    """Runs a line of shell on the workers; the terminal shows their output.
 
     Raises:
-      CloudError: it failed on any of them.
+      CloudError: the line failed on a worker.
     """
     hand_over(gcloud, slices.ssh(found, command, workers), f"{doing} on {found.name}")
 
@@ -56,30 +56,30 @@ def hand_over(gcloud: Gcloud, words: Sequence[str], doing: str) -> None:
     """Runs a gcloud command on the user's own terminal.
 
     Raises:
-      CloudError: it failed.
-      KeyboardInterrupt: Ctrl-C ended it. That ends the verb: as a CloudError, `watch` would try again.
+      CloudError: the command failed.
+      KeyboardInterrupt: Ctrl-C ended it. This must end the verb; after a CloudError, `watch` would try again.
     """
     status = gcloud.hand_over(*words)
     if status == 130:
         raise KeyboardInterrupt
     if status:
-        raise CloudError(f"{doing} failed with status {status}; what it printed is above.")
+        raise CloudError(f"{doing} failed with status {status}. Its output is above.")
 
 
 def commit(repository: Path = REPOSITORY) -> str:
-    """The commit that set-up ships: HEAD of this checkout.
+    """The commit that setup copies to the workers: HEAD of this checkout.
 
     Raises:
-      TpuError: this is no git checkout.
+      TpuError: the project is not in a git checkout.
     """
     try:
         head = _git(repository, "rev-parse", "HEAD")
         dirty = _git(repository, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
-        raise TpuError(f"{repository} is not a git checkout: set-up ships a commit, so clone the project.") from None
+        raise TpuError(f"{repository} is not a git checkout. Clone the project: setup copies a commit.") from None
     if dirty:
         print(
-            f"Note: {len(dirty.splitlines())} changed files are not shipped; commit them if they should be.",
+            f"note: {len(dirty.splitlines())} changed files are not copied to the workers. Commit them if needed.",
             file=sys.stderr,
         )
     return head
@@ -91,7 +91,7 @@ def _git(repository: Path, *words: str) -> str:
 
 
 def set_up(gcloud: Gcloud, found: Slice, head: str, hugepages: bool = False, install_gcsfuse: bool = False) -> None:
-    """Ships the commit and installs what uv.lock pins, for the user alone."""
+    """Copies the commit to all workers and installs the packages of uv.lock, without root."""
     folder = f"engram_jax-{head[:12]}"
     with tempfile.TemporaryDirectory() as temporary:
         archive = str(Path(temporary) / f"{folder}.tar.gz")
@@ -110,14 +110,14 @@ def set_up_command(folder: str, hugepages: bool, install_gcsfuse: bool = False) 
     lines = [
         "set -eu; umask 077",
         f'cd "$HOME"; mkdir -p .engram_jax {folder}; tar -xzf {folder}.tar.gz -C {folder}; rm {folder}.tar.gz',
-        # Into ~/.local/bin, and no line is added to the shell's start-up files.
+        # uv goes into ~/.local/bin; the shell's start-up files stay as they are.
         f"{uv} --version 2>/dev/null | grep -qF 'uv {UV_VERSION} ' || curl -LsSf https://astral.sh/uv/{UV_VERSION}/install.sh"
         ' | env UV_INSTALL_DIR="$HOME"/.local/bin UV_NO_MODIFY_PATH=1 sh',
         f"cd {folder}; {uv} sync --frozen --extra tpu",
         f'ln -sfn {folder} "$HOME"/engram_jax',
         f'{PYTHON} -c \'import jax, socket; print("set up:", socket.gethostname(), "jax", jax.__version__)\'',
     ]
-    # What follows is all that may need root.
+    # Only the following lines may need root.
     lines += buckets.install_lines(install_gcsfuse)
     if hugepages:
         lines.append("sudo sh -c 'echo always > /sys/kernel/mm/transparent_hugepage/enabled'")
@@ -125,23 +125,23 @@ def set_up_command(folder: str, hugepages: bool, install_gcsfuse: bool = False) 
 
 
 def start(gcloud: Gcloud, found: Slice, job: Job) -> None:
-    """Starts the job under a supervisor on every worker, and returns when all of them have taken it on.
+    """Starts the job under a supervisor on every worker; returns when all supervisors have started.
 
     Raises:
-      NotMounted: the bucket of its run folder; then nothing was started anywhere.
+      NotMounted: the bucket of the run folder could not be mounted; no worker was started.
       CloudError: a worker refused.
     """
     if bucket := buckets.bucket_of(job.run_dir):
         mount(gcloud, found, bucket)
     if job.secrets:
-        # The folder is closed to others before the file arrives, so the file is never open to them.
+        # The folder is closed to other users before the file arrives, so they can never read the file.
         on_workers(gcloud, found, 'mkdir -p -m 700 "$HOME"/.engram_jax && chmod 700 "$HOME"/.engram_jax', "launch")
         send(gcloud, found, str(job.secrets), ".engram_jax/secrets.env")
     on_workers(gcloud, found, start_command(job), "launch")
 
 
 def mount(gcloud: Gcloud, found: Slice, bucket: str) -> None:
-    """Mounts the bucket on all workers, for they are to begin together."""
+    """Mounts the bucket on all workers, because they must begin together."""
     try:
         on_workers(gcloud, found, buckets.mount_command(bucket), f"mounting gs://{bucket}")
     except CloudError as error:
@@ -149,7 +149,7 @@ def mount(gcloud: Gcloud, found: Slice, bucket: str) -> None:
 
 
 def start_command(job: Job) -> str:
-    """The supervisor gets the folder's address, for its status, the run what is mounted there."""
+    """The line that starts the supervisor with the address of the run folder, and the run with its mounted path."""
     child = f"{PYTHON} -m tpu.child {shlex.quote(job.run)} --run_dir {buckets.on_worker(job.run_dir)}"
     supervisor = f"{PYTHON} -m tpu.supervise --run-dir {shlex.quote(job.run_dir)} --"
     flags = f"LIBTPU_INIT_ARGS={shlex.quote(job.libtpu_flags)} " if job.libtpu_flags else ""
@@ -169,27 +169,25 @@ def status_command() -> str:
 
 
 def statuses(gcloud: Gcloud, found: Slice) -> list[dict[str, Any]]:
-    """What each worker's supervisor says; "absent" where nothing was set up.
+    """The status of each worker's supervisor; its state is "absent" where nothing was set up.
 
     Raises:
-      CloudError: a worker cannot be reached.
+      CloudError: a worker cannot be reached, or does not answer with a status.
     """
     output = gcloud.change(*slices.ssh(found, status_command()), seconds=gcloud.patience)
     lines = re.findall(rf"^.*{re.escape(STATUS_MARK)}(.*)$", output, re.MULTILINE)
     try:
         answers = [json.loads(line) for line in lines]
     except json.JSONDecodeError:
-        raise CloudError(
-            f"the workers of {found.name} answered something else than a status: {output[:200]!r}"
-        ) from None
+        raise CloudError(f"the workers of {found.name} did not answer with a status: {output[:200]!r}") from None
     if len(answers) < found.hosts and not gcloud.dry_run:
-        raise CloudError(f"{len(answers)} of {found.hosts} workers of {found.name} answered.")
+        raise CloudError(f"only {len(answers)} of {found.hosts} workers of {found.name} answered.")
     return answers
 
 
 def tensorboard_command(run_dir: str, port: int) -> str:
-    # In an environment of its own: the training's stays as uv.lock has it. gcsfs reads gs:// folders, but a file that
-    # the run still has open is in the bucket only once it is closed; where the bucket is mounted it is seen at once.
+    # TensorBoard has its own environment, so that the training's stays as uv.lock has it. gcsfs reads gs:// folders,
+    # but a file is in the bucket only after the run has closed it. A mounted bucket shows it at once, and comes first.
     words = [
         "tool",
         "run",
@@ -211,5 +209,5 @@ def profile_command(seconds: int) -> str:
 
 
 def tunnel(port: int) -> list[str]:
-    """ssh's own flags: forward the port, and hang up on TensorBoard when the tunnel closes."""
+    """Flags of ssh that forward the port and end TensorBoard when the tunnel closes."""
     return ["-t -t", f"-L {port}:localhost:{port}"]

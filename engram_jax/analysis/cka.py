@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from engram_jax.config import require
+from engram_jax.pictures import SMALL
 
 FEW_CELLS = 64
 """Of a heat map, at most, that have their values written in."""
@@ -118,7 +119,16 @@ def draw_cka(
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if similarity_AB.size <= FEW_CELLS:
         for (i, j), value in np.ndenumerate(similarity_AB):
-            axes.annotate(f"{value:.2f}", (j, i), ha="center", va="center", fontsize=8, color="white")
+            axes.annotate(  # above the middle, where the lines pass
+                f"{value:.2f}",
+                (j, i),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                fontsize=SMALL,
+                color="white",
+            )
     assert axes.figure is not None
     axes.figure.colorbar(image, ax=axes, label="CKA", fraction=0.046, pad=0.02)
 
@@ -128,5 +138,5 @@ def plot_cka(similarity_AB: np.ndarray, k: int, rows: str, columns: str) -> Figu
     figure = Figure(figsize=(5, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     draw_cka(axes, similarity_AB, soft_alignment(similarity_AB, k), rows, columns)
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=SMALL, loc="upper left")
     return figure

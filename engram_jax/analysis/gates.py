@@ -18,7 +18,7 @@ from matplotlib.image import AxesImage
 
 from engram_jax.config import require
 from engram_jax.data.tokenizer import Tokenizer
-from engram_jax.layers.engram import RecordingReader
+from engram_jax.layers.reader import RecordingReader
 from engram_jax.memory.description import MemoryRows
 from engram_jax.runs.parts import Parts
 from engram_jax.runs.state import TrainState

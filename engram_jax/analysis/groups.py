@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from engram_jax.evaluation.over_seeds import OverSeeds
 from engram_jax.evaluation.statistics import ratio
 
 PARTS = 25
@@ -30,52 +31,6 @@ class Grouping:
     def of(self, label: str) -> np.ndarray:
         """bool [N]: the tokens of a group."""
         return self.group_N == self.labels.index(label)
-
-
-@dataclass(frozen=True)
-class OverSeeds:
-    """A number measured in several trained runs on the same text."""
-
-    values: tuple[float, ...]
-    """One per seed."""
-    stderr: float | None = None
-    """Of the mean over seeds, by the choice of documents; None with fewer than two documents."""
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.values))
-
-    @property
-    def std(self) -> float | None:
-        """Over seeds; None for one."""
-        return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else None
-
-    def interval(self, level: float = 0.95) -> tuple[float, float] | None:
-        """Student's interval of the mean over seeds; None for one seed."""
-        if self.std is None:
-            return None
-        half = float(stats.t.ppf(0.5 + level / 2, len(self.values) - 1)) * self.std / math.sqrt(len(self.values))
-        return self.mean - half, self.mean + half
-
-    def differs_from(self, number: float = 0.0) -> bool:
-        """Whether neither the choice of documents nor (with more than one) the seeds' spread explains it, at 95 %.
-
-        Never with one document and one seed: nothing is known of any spread then.
-        """
-        if self.stderr is None and self.std is None:
-            return False
-        by_documents = self.stderr is None or abs(self.mean - number) > 1.96 * self.stderr
-        low, high = self.interval() or (math.inf, math.inf)
-        by_seeds = len(self.values) == 1 or not low <= number <= high
-        return not math.isnan(self.mean) and by_documents and by_seeds
-
-    def text(self, form: str = "+.3f") -> str:
-        """`+0.479 ± 0.096 (seeds 0.031)`: standard error by documents, standard deviation over seeds."""
-        if math.isnan(self.mean):
-            return "-"
-        plain = form.lstrip("+")
-        error = "" if self.stderr is None else f" ± {self.stderr:{plain}}"
-        return f"{self.mean:{form}}{error}" + ("" if self.std is None else f" (seeds {self.std:{plain}})")
 
 
 def tabulate(

@@ -25,12 +25,12 @@ from engram_jax.analysis.hidden_states import state_batches
 from engram_jax.config import require
 from engram_jax.evaluation.evaluated_run import EvaluatedRun, chunk_length
 from engram_jax.evaluation.statistics import Metric, ratio
+from engram_jax.pictures import SMALL, STYLES, TITLE, plain_axes
 from engram_jax.runs.parts import Parts
 from engram_jax.runs.state import TrainState
 from engram_jax.sharding import placed
 
 DIRECTIONS = ("final||layer", "layer||final")
-STYLES = tuple(zip(("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), "osD^vP", strict=True))
 
 
 def divergences(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -101,9 +101,8 @@ def draw_lens(axes: Axes, curves: Mapping[str, np.ndarray], first: int = -1) -> 
     axes.set_xlabel("layer" if first >= 0 else "layer (-1: embedding)")
     axes.set_ylabel("KL divergence (nats)")
     axes.set_ylim(bottom=0)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)
+    plain_axes([axes])
+    axes.legend(frameon=False, fontsize=SMALL)
 
 
 def plot_lens(lenses: Mapping[str, Sequence[Mapping[str, Sequence[Metric]]]]) -> Figure:
@@ -115,5 +114,5 @@ def plot_lens(lenses: Mapping[str, Sequence[Mapping[str, Sequence[Metric]]]]) ->
             for label, runs in lenses.items()
         }
         draw_lens(axes, curves)
-        axes.set_title(f"KL({direction})", fontsize=10)
+        axes.set_title(f"KL({direction})", fontsize=TITLE)
     return figure

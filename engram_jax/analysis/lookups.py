@@ -79,8 +79,8 @@ def _lookups(parts: Parts, state: TrainState, tokens_BT: jax.Array, segment_ids_
         return {layer: placed(x, None, None, None, None)[..., 0].reshape(shape) for layer, x in sent.items()}
 
     uses = by_order({layer: rows.uses.astype(jnp.float32) for layer, rows in loaded.items()})
-    kept = {layer: rows.slots["last_step"] for layer, rows in loaded.items() if "last_step" in rows.slots}
-    waited = {layer: (state.step - last_U).astype(jnp.float32) for layer, last_U in kept.items()}
+    last = {layer: store.optimizer.last_updates(rows.slots) for layer, rows in loaded.items()}
+    waited = {la: (state.step - last_U).astype(jnp.float32) for la, last_U in last.items() if last_U is not None}
     ages = by_order(waited) if waited else {}
     ages = {la: jnp.nanmean(jnp.where(uses[la] > 0, age, jnp.nan), axis=-1) for la, age in ages.items()}
     return gates, {layer: jnp.mean(x, axis=-1) for layer, x in uses.items()}, ages

@@ -129,15 +129,15 @@ def topology(name: str, slices: int = 1) -> Topology:
     """The topology of a name such as `v5p-64` (chips) or `v5p:4x4x4` (the slice's shape).
 
     Raises:
-      ConfigError: there is no such chip or slice; lists those that there are.
+      ConfigError: there is no such chip or slice; the message lists the valid ones.
     """
     require(slices > 0, f"--slices {slices} must be positive.")
     found = re.fullmatch(r"([a-z0-9]+?)(?::(\d+(?:x\d+)+)|-(\d+))", name.strip().lower())
     chip = CHIPS.get(_ALIASES.get(found.group(1), found.group(1))) if found else None
     if found is None or chip is None:
         raise ConfigError(
-            f"--topology {name!r} is none: write a chip ({', '.join(CHIPS)}) and its number of chips or the slice's "
-            "shape, as in v5p-64 or v5p:4x4x4."
+            f"{name!r} is not a TPU slice. Use a chip ({', '.join(CHIPS)}) with a number of chips or a shape, for "
+            "example v5p-64 or v5p:4x4x4."
         )
     if found.group(2):
         dims = tuple(int(d) for d in found.group(2).split("x"))

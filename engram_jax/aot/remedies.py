@@ -11,6 +11,7 @@ from typing import Any
 
 from engram_jax.aot.chips import Topology
 from engram_jax.config import ConfigError, RunConfig, replace
+from engram_jax.registries import PLACEMENTS
 from engram_jax.sharding import BATCH
 
 CHUNK = 512
@@ -79,7 +80,8 @@ def _singles(config: RunConfig, where: Topology) -> Iterator[Remedy]:
             yield Remedy(
                 "every token on two devices, with half the batch at a time", {"train__mesh_tensor": 2, **halved}
             )
-    if model.engram.enabled and config.memory.placement == "device":
+    placement = PLACEMENTS[config.memory.placement].create(config.memory, "tpu")
+    if model.engram.enabled and placement.device_share > 0:
         yield Remedy("tables in the hosts' memory", {"memory__placement": "host"})
 
 

@@ -1,8 +1,19 @@
-"""Gives a trained backbone a new memory and trains nothing else:  engram-jax attach RUN_DIR NAME [--...]
+"""Gives a trained model a new memory and trains only the memory. The same command again resumes.
 
-RUN_DIR is a run without memory (experiments.run, engram-jax import). The new run begins with its parameters, which
-stay as they are; readers and tables are new, and begin by adding exactly nothing. Further options are those of
-experiments.run: --model.engram.engram_layer_ids 1 4 --train.steps 2000 --run_dir ...
+  engram-jax attach runs/backbone with_memory                    a memory of the paper's proportions
+  engram-jax attach runs/backbone with_memory --train.steps 2000 --model.engram.engram_layer_ids 1 4
+
+RUN_DIR (runs/backbone) is a run without memory. NAME (with_memory) is the new run; its folder is runs/NAME, or
+--run_dir. The new run begins with the parameters of RUN_DIR, and they do not change. Readers and tables are new, and
+their first update of the hidden states is zero.
+
+Options come after RUN_DIR NAME, the same as for engram-jax train:
+
+  --print                prints the settings, parameters, FLOPs and bytes, and stops
+  --help                 after RUN_DIR NAME: every field of the run, with its default
+  --run_dir DIR          folder of the new run
+  --train.steps 50       changes a field; tuples: 1 4, booleans: True or False
+  --slice v5p-64         sets the mesh axes and batch parts for a TPU slice
 """
 
 from __future__ import annotations
@@ -31,7 +42,7 @@ def attached(source: RunConfig, run_dir: Path, name: str) -> RunConfig:
     require(
         not source.model.engram.enabled,
         f"{run_dir} has a memory already (engram_layer_ids={source.model.engram.engram_layer_ids}): attach wants a "
-        "backbone without one. To train that memory on, give experiments.run train.init_from and optimizer.frozen.",
+        "backbone without one. To train that memory further, train a run with train.init_from and optimizer.frozen.",
     )
     backbone = ("blocks.*", "embedding_vd", "final_norm.*")
     return replace(
@@ -65,13 +76,13 @@ def attach(arguments: list[str]) -> int:
         return FINISHED
     require(
         len(arguments) >= 2 and not arguments[1].startswith("-"),
-        "give the backbone's folder and a name for the new run: RUN_DIR NAME",
+        "give the backbone's folder and a name for the new run: engram-jax attach RUN_DIR NAME",
     )
     (folder, name), overrides = arguments[:2], arguments[2:]
     run_dir = Path(folder)
     require(
         os.path.isfile(run_dir / "config.json"),
-        f"{run_dir} is not a run: it has no config.json. Train one with experiments.run.",
+        f"{run_dir} is not a run: it has no config.json. Train one with `engram-jax train`.",
     )
     from engram_jax.runs.settings import read_config
 

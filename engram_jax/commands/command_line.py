@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -95,13 +96,13 @@ def parsed(
     """An options dataclass filled from the arguments.
 
     Args:
-      known: the options there are (without `--`), of which an unknown one is told the nearest.
-      otherwise: what it is told if none is near.
+      known: the options there are (without `--`), of which the nearest is named after an unknown one.
+      otherwise: what is said if none is near.
       settings: further ones of tyro.cli.
 
     Raises:
-      ConfigError: an unknown option, or a value that a config refuses.
-      SystemExit: tyro's own, for --help and for values that do not fit their type.
+      ConfigError: an unknown option, a word too many, or a value that a config refuses.
+      SystemExit: after --help, or after one line about a value that does not fit its type.
     """
     messages, config = io.StringIO(), (tyro.conf.AvoidSubcommands,)
     try:
@@ -121,13 +122,46 @@ def parsed(
         while cause := cause.__context__:
             if isinstance(cause, ConfigError):
                 raise cause from None
-        print(messages.getvalue(), end="", file=sys.stderr)
+        if exit.code:
+            print(f"error: {_out_of_the_box(messages.getvalue(), prog)}", file=sys.stderr)
         raise
     if unknown:
         word = unknown[0].split("=")[0]
-        hint = nearest(word, [f"--{name}" for name in known(options)])
-        raise ConfigError(f"cannot make sense of {word!r}{hint or otherwise}.")
+        if word.startswith("-"):
+            hint = nearest(word, [f"--{name}" for name in known(options)])
+            raise ConfigError(f"there is no option {word!r}{hint or otherwise}.")
+        before = [other for other in arguments[: list(arguments).index(unknown[0])] if other.startswith("-")]
+        place = f" after {before[-1].split('=')[0]}" if before else ""
+        raise ConfigError(
+            f"{unknown[0]!r}{place} is one word too many: quote a pattern ('*.txt') or a text with spaces{otherwise}."
+        )
     return options
+
+
+def _out_of_the_box(text: str, prog: str) -> str:
+    """tyro's message about a value, a box of several lines, as one line."""
+    parts: list[list[str]] = [[]]
+    for line in text.splitlines():
+        if set(line.strip("│ ")) <= set("─-") or line[0] in "╭╰":  # a rule, or the frame
+            parts.append([])
+        else:
+            parts[-1].append(line.strip("│ "))
+    lines = [part for part in parts if part][0 if "╭" in text else 1]  # a frame of spaces has the title inside
+    said = " ".join(lines).rstrip(".")
+    if said.startswith("Missing from"):
+        said = f"{lines[1]} is missing"
+    for pattern, plain in _PLAIN.items():
+        said = re.sub(pattern, plain, said)
+    return f"{said}. {prog} --help shows what is allowed."
+
+
+_PLAIN = {
+    r"Error parsing (\S+): invalid literal for int\(\) with base 10: ('.*')": r"\1: \2 is not a whole number",
+    r"Error parsing (\S+): could not convert string to float: ('.*')": r"\1: \2 is not a number",
+    r"invalid choice ('.*') for argument '(\S+)'\. Expected one of \((.*?),?\)": r"\2: \1 is not one of \3",
+    r"Missing value for argument '(\S+)'\. Expected 1 values": r"\1 needs a value",
+}
+"""tyro's words for a value that does not fit its type -> ours."""
 
 
 def field_paths(config: object, prefix: str = "") -> list[str]:

@@ -8,19 +8,22 @@ from pathlib import Path
 
 import tyro
 
-from engram_jax.commands.command_line import exit_status
+from engram_jax.commands.command_line import exit_status, field_paths, parsed
 from engram_jax.comparison.report import compare
 from engram_jax.errors import FINISHED
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compares trained runs; writes compare.png and compare.md."""
+    """Compares trained runs. Writes the picture compare.png and the table compare.md.
+
+    engram-jax compare runs/moe_tiny runs/engram_tiny
+    """
 
     run_dirs: tyro.conf.Positional[tuple[Path, ...]]
-    """Runs' folders, as experiments.run wrote them. The first one is the baseline; seeds of one run form a group."""
+    """Folders of runs. The first run is the baseline. Runs that differ in nothing but their seeds form a group."""
     output: Path | None = None
-    """Where picture and table go (default: the folder that holds the first run)."""
+    """Folder for picture and table. Default: the folder that holds the first run."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -29,6 +32,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    options = tyro.cli(Options, args=arguments, prog="engram-jax compare", use_underscores=True)
+    options = parsed(Options, arguments, "engram-jax compare", field_paths)
     print(f"Picture and table: {compare(options.run_dirs, options.output)}")
     return FINISHED

@@ -1,13 +1,10 @@
-"""Evaluates trained runs:  engram-jax evaluate RUN_DIR [RUN_DIR ...] [--tasks perplexity longppl ...]
-
-Results go to RUN_DIR/evaluations/NAME.json and side by side to the screen. `--table` computes nothing and shows what
-is saved there; `--paper` puts the paper's figures beside it.
-"""
+"""`engram-jax evaluate RUN_DIR [RUN_DIR ...]`: evaluates trained runs and puts their numbers side by side."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -19,57 +16,71 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import arg
 
 from engram_jax.commands.command_line import exit_status, field_paths, keep_compiled_programs, parsed
-from engram_jax.config import require
+from engram_jax.config import names, require
 from engram_jax.errors import FINISHED, RunError
-from engram_jax.evaluation.knock_out import parse_scales
-from engram_jax.evaluation.tasks import Shared, all_tasks, split_name
+from engram_jax.evaluation.tasks import Shared, split_name
+from engram_jax.registries import TASKS
 from engram_jax.runs.settings import read_config
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Evaluates trained runs and puts them side by side."""
+    """Evaluates trained runs: a table on the screen, and all numbers in RUN_DIR/evaluations/NAME.json.
 
-    run_dirs: tyro.conf.Positional[tuple[Path, ...]]
-    """Runs' folders, as experiments.run wrote them."""
-    tasks: tuple[str, ...] = ("perplexity",)
-    """What to measure: NAME or NAME:ARGUMENT. A wrong name lists them all."""
+    For example:
+      engram-jax evaluate runs/moe_tiny runs/engram_tiny --tasks perplexity longppl --limit 100
+      engram-jax evaluate runs/engram_tiny --memory_scale 0
+      engram-jax evaluate runs/moe_tiny runs/engram_tiny --table --paper
+    """
+
+    run_dirs: tyro.conf.Positional[Annotated[tuple[Path, ...], arg(metavar="RUN_DIR ...")]]
+    """The runs' folders."""
+    tasks: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ("perplexity",)
+    """What to measure: names of tasks, NAME or NAME:ARGUMENT. --list prints the names."""
     shared: Annotated[Shared, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Shared)
-    memory_scale: tuple[str, ...] = ()
-    """What the memory's rows are multiplied by: one number (0: off) or LAYER=NUMBER for some layers (1=0 2=0.5)."""
+    memory_scale: Annotated[tuple[str, ...], arg(metavar="FACTOR ...")] = ()
+    """Factor on the memory's rows: one number for all layers (0: memory off), or LAYER=NUMBER for some (1=0 2=0.5)."""
     batch_tokens: int = 4096
-    """Tokens computed at a time, about."""
-    placement: Literal["", "device", "host", "tiered"] = ""
-    """Where the tables lie; empty: as in training."""
+    """Tokens computed at a time, about; 1 or more."""
+    placement: names.Placement | Literal[""] = ""
+    """The memory that holds the tables. Empty: as in training."""
     mesh_fsdp: int = 1
-    """Devices over which the weights are cut, and the sequences."""
+    """Devices over which the weights and the sequences are cut, 1 or more."""
     mesh_tensor: int = 1
-    """Devices over which heads, feed-forward widths and the vocabulary are cut."""
+    """Devices over which heads, feed-forward widths and the vocabulary are cut, 1 or more."""
     name: str = ""
-    """Of the results' file. Empty: made from tasks, corpus and memory scale, and a hash of what is not the default."""
-    output: Path | None = None
-    """The folder for the results. None: RUN_DIR/evaluations."""
+    """NAME of the results' file. Empty: made from tasks, corpus and memory scale, and a hash of other options."""
+    output: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """Folder for the results. Default: RUN_DIR/evaluations."""
     table: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Compute nothing: show what is saved in the runs' evaluations."""
+    """Compute nothing: show the results that are saved in the runs' folders."""
     paper: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Put the paper's Tables 1 and 2 below, with what of it was measured here."""
+    """Show the paper's Tables 1 and 2 below, beside the numbers that were measured here."""
 
     def __post_init__(self):
         require(self.batch_tokens > 0, f"batch_tokens={self.batch_tokens} must be positive.")
-        require(bool(self.tasks), "tasks: name one at least.")
-        require(not re.search(r"[/\\]", self.name), f"name={self.name!r} is a file's name, not a path: see --output.")
+        require(bool(self.tasks), "tasks: name at least one; --list prints the names.")
+        require(
+            not re.search(r"[/\\]", self.name), f"name={self.name!r} must be a file's name. --output takes a folder."
+        )
 
 
 def parse(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
-    """The options, and every task with its own.
+    """The options, and every task with its own options.
 
     Raises:
-      ConfigError: an unknown option, by the nearest known one, or a value that an option refuses.
-      SystemExit: tyro's own, for --help and values that do not fit their type.
+      ConfigError: an unknown option (names the nearest), a value that an option refuses, or a task whose name cannot be
+        that of an option.
+      SystemExit: after --help, or after one line about a value that does not fit its type.
     """
-    fields = [(name, task, dataclasses.field(default_factory=task)) for name, task in all_tasks().items()]
+    taken = {field.name for kind in (Options, Shared) for field in dataclasses.fields(kind)}
+    for name in TASKS:
+        free = name.isidentifier() and name not in taken
+        require(free, f"the task {name!r} needs another name, since its options are --{name}.FIELD.")
+    fields = [(name, task, dataclasses.field(default_factory=task)) for name, task in TASKS.items()]
     every_option = dataclasses.make_dataclass("EveryOption", fields, bases=(Options,), frozen=True, kw_only=True)
     every_option.__doc__ = Options.__doc__
     options = parsed(
@@ -78,24 +89,32 @@ def parse(arguments: Sequence[str]) -> tuple[Options, dict[str, Any]]:
         "engram-jax evaluate",
         lambda options: [path.removeprefix("shared.") for path in field_paths(options)],
     )
-    return options, {name: getattr(options, name) for name in all_tasks()}
+    return options, {name: getattr(options, name) for name in TASKS}
+
+
+def listed() -> list[str]:
+    """What `--list` prints: each task with the first line of its docstring."""
+    width = max(map(len, TASKS))
+    return [f"{name:{width}}  {(inspect.getdoc(task) or '').partition(chr(10))[0]}" for name, task in TASKS.items()]
 
 
 def evaluate(options: Options, tasks: dict[str, Any], command: Sequence[str]) -> str:
     """Runs the tasks on each run and saves the results after each task; returns the table."""
+    # Here, because they bring jax, which --help does not wait for.
+    from engram_jax.evaluation import results
+    from engram_jax.evaluation.evaluated_run import EvaluatedRun
+    from engram_jax.evaluation.knock_out import parse_scales
+    from engram_jax.evaluation.table import columns
+
     chosen = {word: split_name(word) for word in options.tasks}
     for run_dir in options.run_dirs:
         config = read_config(run_dir)
         parse_scales(options.memory_scale, config.model.engram)
         require(
             options.output is None or len(options.run_dirs) == 1,
-            f"--output={options.output}: it is one folder, and {len(options.run_dirs)} runs would overwrite each "
-            "other's results there. Leave it out, or evaluate one run at a time.",
+            f"--output={options.output} is one folder, where {len(options.run_dirs)} runs would overwrite each other's "
+            "results. Leave it out, or evaluate one run at a time.",
         )
-    # Here, because they bring jax, which --help does not wait for.
-    from engram_jax.evaluation import results
-    from engram_jax.evaluation.evaluated_run import EvaluatedRun
-    from engram_jax.evaluation.table import columns
 
     def log(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -122,7 +141,7 @@ def evaluate(options: Options, tasks: dict[str, Any], command: Sequence[str]) ->
                 print(
                     _rendered(columns([*records, (run_dir, results.plain(record))]), options.paper), end="", flush=True
                 )
-                raise RunError(f"{error} What was measured is on the screen.") from None
+                raise RunError(f"{error} The numbers are printed above.") from None
         log(f"{model.name}: results in {path}")
         records.append((run_dir, results.load(path)))
         del model  # one run's tables in memory at a time
@@ -130,7 +149,7 @@ def evaluate(options: Options, tasks: dict[str, Any], command: Sequence[str]) ->
 
 
 def saved(options: Options) -> str:
-    """The table of what was measured before."""
+    """The table of results that were saved before."""
     from engram_jax.evaluation import results
     from engram_jax.evaluation.table import columns
 
@@ -141,7 +160,7 @@ def saved(options: Options) -> str:
         found = results.load_all(folder)
         require(
             bool(found),
-            f"{folder} holds no results: evaluate the run first, with engram-jax evaluate {shlex.quote(str(run_dir))}.",
+            f"{folder} has no results. Evaluate the run first: engram-jax evaluate {shlex.quote(str(run_dir))}.",
         )
         records += [(run_dir, record) for record in found]
     return _rendered(columns(records), options.paper)
@@ -155,10 +174,10 @@ def _rendered(found: Sequence[Any], paper: bool) -> str:
 
 
 def file_name(options: Options, tasks: Mapping[str, Any]) -> str:
-    """`perplexity+longppl-books-memory-0`: a different name for each question, the same for the same.
+    """`perplexity+longppl-books-memory-0`: equal names for equal questions, different names for different ones.
 
-    What it does not spell is in a hash behind it, `perplexity-7c0a12de`, so that a try-out of ten documents leaves the
-    full answer alone; where that is nothing there is no hash.
+    Options that the name does not spell, and that are not at their defaults, add a hash: `perplexity-7c0a12de`. So a
+    trial of ten documents does not overwrite the full answer.
     """
     parts = ["+".join(options.tasks)]
     if options.shared.corpus:
@@ -166,17 +185,17 @@ def file_name(options: Options, tasks: Mapping[str, Any]) -> str:
     if options.memory_scale:
         parts.append("memory-" + ",".join(options.memory_scale))
     whole = re.sub(r"[^\w.,=+-]+", "_", "-".join(parts))
-    name, unsaid = whole[:150], _unsaid(options, tasks)
+    name, others = whole[:150], _not_in_the_name(options, tasks)
     if name != whole:
-        unsaid["name"] = whole
-    if not unsaid:
+        others["name"] = whole
+    if not others:
         return name
-    text = json.dumps(unsaid, sort_keys=True, default=str)  # of paths
+    text = json.dumps(others, sort_keys=True, default=str)  # of paths
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def _unsaid(options: Options, tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """The question's options that are not at their defaults; only these, so that a new option renames no file."""
+def _not_in_the_name(options: Options, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """The question's options that are not at their defaults. Only these: then a new option renames no file."""
     chosen = sorted({split_name(word)[0] for word in options.tasks})
     found: dict[str, Any] = {}
     for prefix, ours in [("", options.shared), *[(f"{name}.", tasks[name]) for name in chosen]]:
@@ -188,7 +207,7 @@ def _unsaid(options: Options, tasks: Mapping[str, Any]) -> dict[str, Any]:
     if corpus := options.shared.corpus:
         where = os.path.abspath(corpus) if os.path.exists(corpus) else corpus  # "test" is another text elsewhere
         found["corpus"] = where
-        if where == Path(corpus).name:  # python, tfds:NAME: said by the name
+        if where == Path(corpus).name:  # python, tfds:NAME: the name spells it
             del found["corpus"]
     return found
 
@@ -199,7 +218,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: Sequence[str]) -> int:
+    if list(arguments) == ["--list"]:
+        print("\n".join(listed()))
+        return FINISHED
     options, tasks = parse(arguments)
-    require(bool(options.run_dirs), "give the folders of the runs to evaluate.")
+    require(bool(options.run_dirs), "give the folders of the runs to evaluate: engram-jax evaluate RUN_DIR ...")
     print(saved(options) if options.table else evaluate(options, tasks, arguments), end="")
     return FINISHED

@@ -1,31 +1,35 @@
-"""A run as a Hugging Face folder of safetensors:  engram-jax export RUN_DIR FOLDER [--dtype bfloat16]
-
-The way back is engram_jax.commands.import_run.
-"""
+"""`engram-jax export RUN_DIR FOLDER`: a run as a Hugging Face folder of safetensors. import_run.py is the way back."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
+from tyro.conf import arg
 
-from engram_jax.commands.command_line import exit_status
+from engram_jax.commands.command_line import exit_status, field_paths, parsed
 from engram_jax.errors import FINISHED, RunError
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Writes a run's newest checkpoint as config.json, tokenizer.json and safetensors files (docs/interchange.md)."""
+    """Writes a run's newest checkpoint as a Hugging Face folder: config.json, tokenizer.json, safetensors files.
 
-    run_dir: tyro.conf.Positional[Path]
-    """A run's folder, as experiments.run wrote it."""
-    folder: tyro.conf.Positional[Path]
-    """A new folder."""
+    For example:
+      engram-jax export runs/small exported/small --dtype bfloat16
+
+    `engram-jax import` is the way back. The optimizer's state is not exported.
+    """
+
+    run_dir: tyro.conf.Positional[Annotated[Path, arg(metavar="RUN_DIR")]]
+    """The run's folder."""
+    folder: tyro.conf.Positional[Annotated[Path, arg(metavar="FOLDER")]]
+    """The folder to write; it must not exist yet."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """float32 is exact; bfloat16 is half the size."""
+    """Of the numbers in the files: float32 is exact, bfloat16 takes half the bytes."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    options = tyro.cli(Options, args=arguments, prog="engram-jax export", use_underscores=True)
+    options = parsed(Options, arguments, "engram-jax export", field_paths)
     # Here, because they bring jax, which --help does not wait for.
     from engram_jax.interop.runs import export_run
     from engram_jax.memory.table_index import TableFileError

@@ -1,25 +1,33 @@
-"""A run from a folder that engram_jax.commands.export wrote:  engram-jax import FOLDER RUN_DIR"""
+"""`engram-jax import FOLDER RUN_DIR`: a run from a folder that `engram-jax export` wrote."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from tyro.conf import arg
 
-from engram_jax.commands.command_line import exit_status
+from engram_jax.commands.command_line import exit_status, field_paths, parsed
 from engram_jax.errors import FINISHED, RunError
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Makes a run, to sample from, evaluate or train on, of config.json, tokenizer.json and safetensors files."""
+    """Makes a run from a folder that `engram-jax export` wrote: config.json, tokenizer.json, safetensors files.
 
-    folder: tyro.conf.Positional[Path]
-    """As engram-jax export wrote it."""
-    run_dir: tyro.conf.Positional[Path]
-    """A new folder."""
+    For example:
+      engram-jax import exported/small runs/small_again
+
+    The run can be sampled from, evaluated, and begun with (--train.init_from); it has no optimizer state to resume.
+    """
+
+    folder: tyro.conf.Positional[Annotated[Path, arg(metavar="FOLDER")]]
+    """The folder that `engram-jax export` wrote."""
+    run_dir: tyro.conf.Positional[Annotated[Path, arg(metavar="RUN_DIR")]]
+    """The run's folder to write; it must not exist yet."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    options = tyro.cli(Options, args=arguments, prog="engram-jax import", use_underscores=True)
+    options = parsed(Options, arguments, "engram-jax import", field_paths)
     from engram_jax.interop.runs import import_run  # here, because it brings jax, which --help does not wait for
 
     try:

@@ -13,32 +13,44 @@ from typing import Annotated
 import tyro
 
 from engram_jax.commands.command_line import field_paths, keep_compiled_programs, parsed
-from engram_jax.config import RunConfig, to_dict
+from engram_jax.config import ConfigError, RunConfig, to_dict
 from engram_jax.errors import FINISHED
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
+    """What a command that trains is told of one run."""
+
     config: Annotated[tyro.conf.FlagConversionOff[RunConfig], tyro.conf.arg(name="")]
     print: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show the resolved config, its parameters, FLOPs and bytes, and stop."""
     run_dir: Path | None = None
-    """Where checkpoints and metrics go. Several runs: the folder that holds one folder each."""
+    """Folder for checkpoints and metrics; the same folder again resumes. Default: runs/NAME. With several runs: the
+    folder that holds one folder for each."""
+    slice: str = ""
+    """TPU slice to lay the run out for, v5p-64 (chips) or v5p:4x4x4: sets the mesh axes and the parts of a batch."""
     profile: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Trace a few steps and write a page about them: profile/summary.md in the run's folder."""
+    """Trace a few steps and write where their time goes: profile/summary.md in the run's folder."""
     coordinator: str = ""
-    """HOST:PORT of process 0. Needed only where the processes are not found: not on TPU slices, GKE and Slurm."""
+    """HOST:PORT of process 0. TPU slices, GKE and Slurm are detected and need none."""
     num_processes: int | None = None
-    """With coordinator: how many processes train together."""
+    """With --coordinator: how many processes train together, 1 or more."""
     process_id: int | None = None
-    """With coordinator: which of them this is, from 0."""
+    """With --coordinator: the number of this process, from 0."""
 
 
 def take_slice(overrides: list[str]) -> tuple[list[str], Callable[[RunConfig], RunConfig]]:
-    """The other overrides, and what `--slice` makes of a run before they apply."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    """The other overrides, and what `--slice` makes of a run before they apply.
+
+    Raises:
+      ConfigError: there is no such slice.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--slice")
-    options, rest = parser.parse_known_args(overrides)
+    try:
+        options, rest = parser.parse_known_args(overrides)
+    except argparse.ArgumentError:
+        raise ConfigError("--slice needs the name of a TPU slice, for example v5p-64.") from None
     if options.slice is None:
         return rest, lambda run: run
     from engram_jax.aot.chips import topology
@@ -66,14 +78,14 @@ def parse(config: RunConfig, overrides: Sequence[str], command: str, about: str)
 
     Raises:
       ConfigError: an unknown field (names the nearest), or a value that a config refuses.
-      SystemExit: tyro's own, for --help and for values that do not fit their type.
+      SystemExit: after --help, or after one line about a value that does not fit its type.
     """
     return parsed(
         Options,
         overrides,
         command,
-        lambda _: field_paths(config),
-        " (names come before options)",
+        lambda _: [*field_paths(config), *(field.name for field in dataclasses.fields(Options)[1:])],
+        "; names come before options, and --help lists all options",
         default=Options(config),
         description=re.sub(r"(?<!\n)\n(?!\n)", "\n\n", about),  # tyro joins single lines
     )

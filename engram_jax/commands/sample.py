@@ -1,28 +1,22 @@
-"""Continues prompts with a trained run.
-
-engram-jax sample RUN_DIR "def main("
-engram-jax sample RUN_DIR --prompts FILE --out ANSWERS.jsonl
-engram-jax sample RUN_DIR --interactive
-"""
+"""`engram-jax sample RUN_DIR PROMPT`: continues prompts with a trained run."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tyro.conf import arg
 
-from engram_jax.commands.command_line import exit_status
-from engram_jax.config import ConfigError, require
+from engram_jax import files
+from engram_jax.commands.command_line import exit_status, field_paths, keep_compiled_programs, parsed
+from engram_jax.config import ConfigError, names, require
 from engram_jax.errors import INTERRUPTED, RunError
 
 if TYPE_CHECKING:  # they bring jax, which --help does not wait for
@@ -33,40 +27,46 @@ if TYPE_CHECKING:  # they bring jax, which --help does not wait for
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Continues prompts with a trained run, token by token, until a document ends or max_tokens is reached."""
+    """Continues prompts with a trained run, until a document ends or max_tokens is reached.
 
-    run_dir: tyro.conf.Positional[Path]
-    """A run's folder, as experiments.run wrote it."""
-    prompt: tyro.conf.Positional[str] = ""
-    """The text to continue; empty: a document from its beginning."""
-    prompts: Path | None = None
-    """A file of prompts instead: JSON lines with "prompt", or one prompt a line. Answers are JSON lines."""
-    out: Path | None = None
-    """Where the answers to --prompts go; standard output without it. Until all are there: OUT.partial."""
-    interactive: bool = False
-    """Reads prompts from the terminal, each continuing the text so far; /new starts again, Ctrl-D ends."""
+    For example:
+      engram-jax sample runs/small "def read_file(path):"
+      engram-jax sample runs/small --prompts prompts.txt --out answers.jsonl
+      engram-jax sample runs/small --interactive
+    """
+
+    run_dir: tyro.conf.Positional[Annotated[Path, arg(metavar="RUN_DIR")]]
+    """The run's folder."""
+    prompt: tyro.conf.Positional[Annotated[str, arg(metavar="[PROMPT]")]] = ""
+    """The text to continue. Empty: the model writes a document from its beginning."""
+    prompts: Annotated[Path | None, arg(metavar="FILE")] = None
+    """A file of prompts, instead of one prompt: one a line, or JSON lines with "prompt". Answers are JSON lines."""
+    out: Annotated[Path | None, arg(metavar="FILE")] = None
+    """File for the answers to --prompts; default: standard output. Until all are finished they are in OUT.partial."""
+    interactive: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Read prompts from the terminal. Each continues the text so far; /new starts again, Ctrl-D ends."""
     max_tokens: int = 200
-    """New tokens at most."""
+    """New tokens at most, 1 or more."""
     temperature: float = 0.8
-    """How freely to draw; 0: always the most probable token."""
+    """Divides the logits before drawing, 0 or more. 0: always the most probable token."""
     top_k: int = 50
-    """Draw from this many of the most probable tokens only (0: all)."""
+    """Draw only from this many of the most probable tokens. 0: from all."""
     top_p: float = 1.0
-    """Draw from the fewest most probable tokens that together have this probability (1: all)."""
-    stop: tuple[str, ...] = ()
+    """Draw only from the fewest most probable tokens that together have this probability, in (0, 1]. 1: from all."""
+    stop: Annotated[tuple[str, ...], arg(metavar="TEXT ...")] = ()
     """Texts before which a continuation ends."""
     seed: int = 0
-    """The same seed gives the same text."""
+    """Of the drawing, 0 to 2^32-1. The same seed gives the same text."""
     max_len: int = 0
-    """Tokens of a prompt with its continuation (0: what the model was trained at, or more for one longer prompt)."""
+    """Tokens of a prompt with its continuation. 0: the length the model was trained at; one longer prompt gets more."""
     batch_size: int = 8
-    """Prompts that are continued together (with --prompts)."""
-    placement: Literal["", "device", "host", "tiered"] = ""
-    """Where the tables lie; empty: as in training."""
+    """Prompts that are continued together (with --prompts), 1 or more."""
+    placement: names.Placement | Literal[""] = ""
+    """The memory that holds the tables. Empty: as in training."""
     mesh_fsdp: int = 1
-    """Devices over which the weights are cut, and the prompts."""
+    """Devices over which the weights and the prompts are cut, 1 or more."""
     mesh_tensor: int = 1
-    """Devices over which heads, feed-forward widths and the vocabulary are cut."""
+    """Devices over which heads, feed-forward widths and the vocabulary are cut, 1 or more."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -75,12 +75,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    return sample(tyro.cli(Options, args=arguments, prog="engram-jax sample", use_underscores=True))
+    return sample(parsed(Options, arguments, "engram-jax sample", field_paths))
 
 
 def sample(options: Options) -> int:
     """Prints what becomes of the prompts; 1 if one of them cannot be continued, and the others were."""
-    from engram_jax.commands.command_line import keep_compiled_programs
     from engram_jax.data.tokenizer import load_tokenizer
     from engram_jax.inference.engine import Engine
     from engram_jax.inference.sampling import Sampling
@@ -232,10 +231,7 @@ def _warn_beyond(config: Any, max_len: int) -> None:
 def check_writable(out: Path) -> None:
     """Raises `ConfigError` if a file cannot be written there; leaves nothing behind."""
     try:
-        if out.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
+        files.check_writable(out)
     except OSError as error:
         raise ConfigError(
             f"out={out} cannot be written: {error.strerror}. Name a file in a folder that is there and can be written."
@@ -294,10 +290,8 @@ def _write(lines: Sequence[str], out: Path | None) -> None:
     if out is None:
         print("".join(lines), end="")
         return
-    temporary = out.with_name(out.name + ".tmp")
     try:
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(out)
+        files.write_text(out, "".join(lines))
     except OSError as error:
         raise RunError(
             f"out={out} cannot be written any more: {error.strerror}. The answers are in {_partial(out)}, in the order "

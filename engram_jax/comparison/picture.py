@@ -1,4 +1,4 @@
-"""The picture of a comparison: training curves with validation points, and losses by n-gram frequency."""
+"""The picture of a comparison: training curves with validation losses, and losses by n-gram frequency."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from matplotlib.ticker import EngFormatter
 
 from engram_jax.comparison.run_groups import LOSS, Group, Run, baseline_of, has_equal_buckets
 from engram_jax.data.ngram_frequency import bucket_names
+from engram_jax.pictures import HEADING, SMALL, STYLES, TITLE, Style, plain_axes, save
 
-# Okabe and Ito's colours, told apart by the colour-blind too; a marker of its own for print.
-Style = tuple[str, str]
-STYLES: tuple[Style, ...] = tuple(
-    zip(("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "osD^vPX", strict=True)
-)
-STEEP_START = 0.2  # share of the run whose steep fall would flatten all that follows
+STEEP_START = 0.2
+"""First part of a run that the axis need not show: its steep fall would flatten all that follows."""
+LONGEST = 40
+"""Characters of a group's label in legends and titles."""
 
 
 def draw(groups: Sequence[Group], title: str, path: Path) -> None:
-    """Saves the picture as a PNG."""
+    """Writes the picture as a PNG. Raises `OSError`."""
+    save(comparison_figure(groups, title), path)
+
+
+def comparison_figure(groups: Sequence[Group], title: str) -> Figure:
     baseline = baseline_of(groups)
     finished = [group for group in groups if (group.runs[0].result or {}).get("buckets")]
     compared = [g for g in finished if baseline and has_equal_buckets(g, baseline)]
@@ -31,17 +34,20 @@ def draw(groups: Sequence[Group], title: str, path: Path) -> None:
 
     figure = Figure(figsize=(13 if finished else 8, 6), dpi=150, layout="constrained")
     panels = figure.subplot_mosaic("CB;CD" if compared else "CB" if finished else "C")
-    figure.suptitle(title, fontweight="bold", fontsize=12)
+    figure.suptitle(title, fontweight="bold", fontsize=HEADING, wrap=True)
     _draw_curves(panels["C"], groups, styles)
     if finished:
         _draw_buckets(panels["B"], finished, styles)
     if baseline and compared:
         _draw_differences(panels["D"], compared, baseline, styles)
-    for axes in panels.values():
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.25)
-        axes.set_axisbelow(True)
-    figure.savefig(path)
+    plain_axes(panels.values())
+    return figure
+
+
+def shortened(label: str) -> str:
+    """The label with at most LONGEST characters: its beginning and its end, where a path differs from another."""
+    half = LONGEST // 2
+    return label if len(label) <= LONGEST else f"{label[:half]}\u2026{label[-half + 1 :]}"
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -71,13 +77,13 @@ def _draw_curves(axes: Axes, groups: Sequence[Group], styles: dict[str, Style]) 
         finals = group.values(lambda run: run.last(LOSS))
         final = f": {statistics.mean(finals):.3f}" if finals else ""
         final += f" ± {statistics.stdev(finals):.3f} ({len(finals)} seeds)" if len(finals) > 1 else ""
-        axes.plot([], [], f"{marker}-", color=color, markeredgecolor="white", label=group.label + final)
+        axes.plot([], [], f"{marker}-", color=color, markeredgecolor="white", label=shortened(group.label) + final)
     if shown:
         margin = 0.05 * (max(shown) - min(shown)) or 0.1
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set(xlabel="training tokens", ylabel="nats per token")
-    axes.set_title("Training loss (lines), validation loss (markers; the last one in the legend)", fontsize=10)
+    axes.set_title("Training loss (lines) and validation loss (markers; the last in the legend)", fontsize=TITLE)
     axes.legend(frameon=False)
 
 
@@ -91,7 +97,7 @@ def _draw_buckets(axes: Axes, groups: Sequence[Group], styles: dict[str, Style])
             )
     _label_buckets(axes, groups[0])
     axes.set_ylabel("nats per token")
-    axes.set_title("Validation loss by how often the last n-gram occurs in the training text", fontsize=10)
+    axes.set_title("Validation loss by how often the last n-gram occurs in the training text", fontsize=TITLE)
 
 
 def _draw_differences(axes: Axes, groups: Sequence[Group], baseline: Group, styles: dict[str, Style]) -> None:
@@ -103,7 +109,8 @@ def _draw_differences(axes: Axes, groups: Sequence[Group], baseline: Group, styl
                 continue
             at, difference = x + _offset(i, len(groups)), statistics.mean(ours) - statistics.mean(theirs)
             axes.bar(at, difference, 0.7 / len(groups), color=color, alpha=0.75)
-            for run, other in group.pairs(baseline) if len(ours) > 1 else []:
+            pairs = group.pairs(baseline)
+            for run, other in pairs if len(pairs) > 1 else ():
                 pair = (run.bucket(name, "loss") or 0) - (other.bucket(name, "loss") or 0)
                 axes.plot(at, pair, ".", color="black", markersize=4)
             axes.annotate(
@@ -113,14 +120,16 @@ def _draw_differences(axes: Axes, groups: Sequence[Group], baseline: Group, styl
                 xytext=(0, -4 if difference > 0 else 4),
                 ha="center",
                 va="top" if difference > 0 else "bottom",
-                fontsize=8,
+                fontsize=SMALL,
             )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.use_sticky_edges = False  # room for the numbers on the axis
     axes.margins(y=0.2)
     _label_buckets(axes, baseline)
     axes.set(xlabel="occurrences in training (share of the validation tokens)", ylabel="nats per token")
-    axes.set_title(f"Difference from {baseline.label}: below 0 is better (dots: seed by seed)", fontsize=10)
+    several = any(len(group.pairs(baseline)) > 1 for group in groups)
+    dots = " (dots: seed by seed)" if several else ""
+    axes.set_title(f"Difference from {shortened(baseline.label)}: below 0 is better{dots}", fontsize=TITLE)
 
 
 def _offset(index: int, count: int) -> float:

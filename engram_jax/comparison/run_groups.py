@@ -1,26 +1,30 @@
-"""Finished and unfinished runs as their folders hold them, grouped by their settings, and what may be compared."""
+"""Runs as their folders hold them, finished or not; grouped by their settings; and in which metric they compare."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from engram_jax.config import ConfigError, RunConfig, from_dict, replace, require
+from engram_jax.config import ConfigError, RunConfig, replace, require
 from engram_jax.data.ngram_frequency import bucket_names
+from engram_jax.runs.settings import read_config
 from engram_jax.training.metrics import read_metrics
 
 TEXT_FIELDS = ("corpus", "text_key", "max_documents", "holdout_fraction")
+"""Settings of the data that decide which text is read, where the text's own hash is not known."""
 LOSS, BITS = "validation_loss", "bits_per_byte"
+"""Metrics in which runs are compared."""
 
 
 @dataclass(frozen=True)
 class Run:
+    """A run's folder."""
+
     path: Path
     config: RunConfig
     metrics: list[dict[str, float]]
@@ -31,22 +35,26 @@ class Run:
 
     @classmethod
     def load(cls, path: Path) -> Run:
-        """Raises `ConfigError` if a file is missing or not what a run writes."""
-        require(os.path.isdir(path), f"{path} is not a folder.")
-        require(os.path.isfile(path / "config.json"), f"{path} is not a run: it has no config.json.")
-        require(os.path.isfile(path / "tokenizer.json"), f"{path} has no tokenizer.json: copy the run's whole folder.")
+        """Reads the folder.
+
+        Raises:
+          RunError: it is not a run's folder.
+          ConfigError: a file is missing or cannot be read.
+        """
+        config = read_config(path)
+        require((path / "tokenizer.json").is_file(), f"{path} has no tokenizer.json: copy the run's whole folder.")
         try:
-            config = from_dict(RunConfig, json.loads((path / "config.json").read_text()))
             metrics = read_metrics(path)
             result_file = path / "result.json"
             result = json.loads(result_file.read_text()) if result_file.is_file() else None
-        except ValueError as error:  # not JSON, or not a config
-            raise ConfigError(f"{path} holds a file that cannot be read: {error}") from None
-        require(bool(metrics), f"{path} has no metrics.jsonl, or an empty one: let the run reach its first line.")
+        except ValueError as error:  # not JSON
+            raise ConfigError(f"{path}: metrics.jsonl or result.json cannot be read: {error}.") from None
+        require(bool(metrics), f"{path} has no metrics.jsonl, or an empty one: train the run to its first logged step.")
         return cls(path, config, metrics, result, hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest())
 
     @property
     def seeds(self) -> tuple[int, int]:
+        """Of the weights and of the data."""
         return self.config.train.seed, self.config.data.seed
 
     @property
@@ -62,7 +70,7 @@ class Run:
         return self.config.data.batch_size * self.config.data.seq_len
 
     def series(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) wherever the metric was written."""
+        """(step, value) of every line that has the metric."""
         return [(int(line["step"]), line[metric]) for line in self.metrics if metric in line]
 
     def last(self, metric: str) -> float | None:
@@ -76,13 +84,13 @@ class Run:
         return statistics.median(rates) if rates else None
 
     def bucket(self, name: str, what: str) -> float | None:
-        """A bucket's `loss` or `share`; None if there is no such bucket."""
+        """A bucket's `loss` or `share`; None without that bucket."""
         return ((self.result or {}).get("buckets", {}).get(name) or {}).get(what)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seeds only; one run if it is unfinished."""
+    """Runs that differ in nothing but their seeds; an unfinished run is a group of its own."""
 
     label: str
     runs: tuple[Run, ...]
@@ -99,7 +107,7 @@ class Group:
         return [value for run in self.runs if (value := of(run)) is not None]
 
     def pairs(self, baseline: Group) -> list[tuple[Run, Run]]:
-        """(ours, the baseline's) for each seed that both have."""
+        """(our run, the baseline's run) for each seed that both have."""
         theirs = {run.seeds: run for run in baseline.runs}
         return [(run, theirs[run.seeds]) for run in self.runs if run.seeds in theirs]
 
@@ -112,7 +120,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         key = (settings, run.tokenizer_sha256, run.corpus_sha256) if run.result is not None else run.path.resolve()
         members = by_settings.setdefault(key, [])
         same = next((other.path for other in members if other.seeds == run.seeds), None)
-        require(same is None, f"{same} and {run.path} are the same run, with equal settings and seeds: leave one out.")
+        require(same is None, f"{same} and {run.path} have equal settings and seeds: leave one of them out.")
         members.append(run)
     labels = [_label(members[0]) for members in by_settings.values()]
     return [
@@ -129,15 +137,24 @@ def _label(run: Run) -> str:
 
 
 def baseline_of(groups: Sequence[Group]) -> Group | None:
+    """The first finished group."""
     return next((group for group in groups if group.finished), None)
 
 
-def caveats(group: Group, baseline: Group) -> tuple[str | None, str]:
-    """The finest metric in which the two may be compared (None: in none), and why not in a finer one."""
+@dataclass(frozen=True)
+class Mismatch:
+    """Why two groups are not compared in LOSS."""
+
+    what: Literal["text", "tokenizer", "tokens"]
+    details: tuple[str, ...] = ()
+    """Settings that differ (text), or numbers of evaluated tokens (tokens)."""
+
+
+def comparable_metric(group: Group, baseline: Group) -> tuple[str | None, Mismatch | None]:
+    """The finest metric in which the two can be compared, LOSS, BITS or None; and why not in LOSS."""
     ours, theirs = group.runs[0], baseline.runs[0]
-    who = f"{group.label} and {baseline.label}"
     fields = TEXT_FIELDS
-    if ours.corpus_sha256 and theirs.corpus_sha256:  # then it does not matter by which path it was reached
+    if ours.corpus_sha256 and theirs.corpus_sha256:  # then the path of the text does not matter
         fields = ("holdout_fraction",)
     differing = [
         f"data.{name}" for name in fields if getattr(ours.config.data, name) != getattr(theirs.config.data, name)
@@ -145,27 +162,22 @@ def caveats(group: Group, baseline: Group) -> tuple[str | None, str]:
     if ours.corpus_sha256 != theirs.corpus_sha256:
         differing.append("corpus_sha256")
     if differing:
-        reason = f"{who} read different text ({', '.join(differing)}): their losses are not comparable."
-        return None, reason
+        return None, Mismatch("text", tuple(differing))
     if ours.tokenizer_sha256 != theirs.tokenizer_sha256:
-        reason = (
-            f"{who} have different tokenizers: nats per token are not comparable; bits per byte are, of equal text."
-        )
-        return BITS, reason
+        return BITS, Mismatch("tokenizer")
     counts = [(run.result or {}).get("num_tokens", 0) for run in (ours, theirs)]
     if counts[0] != counts[1]:
-        reason = f"{who} were evaluated on {counts[0]:,} and {counts[1]:,} tokens: their losses are not comparable."
-        return None, reason
-    return LOSS, ""
+        return None, Mismatch("tokens", tuple(f"{count:,}" for count in counts))
+    return LOSS, None
 
 
 def may_compare(group: Group, baseline: Group, metric: str) -> bool:
-    """Whether the group's metric may be set against the baseline's."""
-    return group.finished and group is not baseline and caveats(group, baseline)[0] in (metric, LOSS)
+    """Whether the group's metric can be compared with the baseline's."""
+    return group.finished and group is not baseline and comparable_metric(group, baseline)[0] in (metric, LOSS)
 
 
 def has_equal_buckets(group: Group, baseline: Group) -> bool:
-    """Whether their losses by bucket may be compared: the same tokens fell into each."""
+    """Whether their losses by bucket can be compared: the same tokens are in each bucket."""
     ours, theirs = group.runs[0], baseline.runs[0]
     same = all(ours.bucket(name, "share") == theirs.bucket(name, "share") for name in bucket_names())
     return same and may_compare(group, baseline, LOSS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from engram_jax.errors import require
+from engram_jax.errors import nearest, require
 
 
 def check_literals(config: Any) -> None:
@@ -17,4 +17,5 @@ def check_literals(config: Any) -> None:
         if get_origin(hint) is Literal:
             allowed = get_args(hint)
             wrong = [v for v in values if v not in allowed]
-            require(not wrong, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+            hint = nearest(str(wrong[0]), map(str, allowed)) if wrong else ""
+            require(not wrong, f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}{hint}.")

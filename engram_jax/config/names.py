@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from engram_jax import registries
 
 if TYPE_CHECKING:
-    Placement = RowOptimizer = str
+    Attention = Placement = Reader = RowOptimizer = str
 else:
-    _REGISTRIES = {"Placement": registries.PLACEMENTS, "RowOptimizer": registries.ROW_OPTIMIZERS}
+    _REGISTRIES = {
+        "Attention": registries.ATTENTION,
+        "Placement": registries.PLACEMENTS,
+        "Reader": registries.READERS,
+        "RowOptimizer": registries.ROW_OPTIMIZERS,
+    }
 
     def __getattr__(name: str) -> Any:
         if name not in _REGISTRIES:

@@ -8,13 +8,20 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, get_type_hints
 
 from engram_jax.config.run import RunConfig
-from engram_jax.errors import require
+from engram_jax.errors import nearest, require
 
 T = TypeVar("T")
 
+RENAMED = {"sight_every": "monitor_every"}
+"""Former names of fields, as settings saved before 0.1.0 spell them."""
+
 
 def replace(config: T, **changes: Any) -> T:
-    """`dataclasses.replace` that also reaches into nested configs: `replace(run, train__steps=50)`."""
+    """A copy of a config with some fields changed, also inside nested configs: `replace(run, train__steps=50)`.
+
+    Raises:
+      ConfigError: there is no such field (names the nearest), or a value that the config refuses.
+    """
     nested: dict[str, dict[str, Any]] = {}
     flat: dict[str, Any] = {}
     for path, value in changes.items():
@@ -23,6 +30,10 @@ def replace(config: T, **changes: Any) -> T:
             nested.setdefault(head, {})[rest] = value
         else:
             flat[head] = value
+    fields = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    for head in (*nested, *flat):
+        hint = nearest(head, fields) or f"; there are {', '.join(fields)}"
+        require(head in fields, f"{type(config).__name__} has no field {head!r}{hint}.")
     for head, inner in nested.items():
         flat[head] = replace(getattr(config, head), **inner)
     return dataclasses.replace(config, **flat)  # type: ignore[type-var]
@@ -35,6 +46,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
     """Rebuilds a config from `to_dict`'s output; an unknown field raises `ConfigError`."""
     hints = get_type_hints(cls)
+    values = {RENAMED.get(name, name): value for name, value in values.items()}
     unknown = set(values) - set(hints)
     require(not unknown, f"{cls.__name__} has no field {', '.join(sorted(unknown))}: saved by another version?")
     built = {}

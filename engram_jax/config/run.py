@@ -133,10 +133,6 @@ class MemoryConfig:
         require(0 < self.hot_rows <= 1, f"memory.hot_rows={self.hot_rows} must lie in (0, 1].")
         for name in ("promote_every", "monitor_every"):
             require(getattr(self, name) >= 0, f"memory.{name}={getattr(self, name)} must be 0 or positive.")
-        require(
-            not self.mmap_dir or self.placement == "numpy",
-            f"memory.mmap_dir={self.mmap_dir!r} has a meaning for memory.placement=numpy only, not {self.placement}.",
-        )
 
 
 @dataclass(frozen=True)

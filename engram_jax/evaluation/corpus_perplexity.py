@@ -12,14 +12,13 @@ import numpy as np
 from engram_jax.config import ConfigError, require
 from engram_jax.data.ngram_frequency import BUCKETS, NgramCounts, bucket_names
 from engram_jax.evaluation.statistics import ratio
-from engram_jax.evaluation.tasks import Result, Shared, register
+from engram_jax.evaluation.tasks import Result, Shared
 
 if TYPE_CHECKING:
     from engram_jax.evaluation.documents import OwnText
     from engram_jax.evaluation.evaluated_run import EvaluatedRun, Scored
 
 
-@register("perplexity")
 @dataclass(frozen=True)
 class Perplexity:
     """Loss, perplexity, bits per byte; by how often the last n-gram was seen in training, and by position."""

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engram_jax.config import ConfigError, require
-from engram_jax.errors import RunError
+from engram_jax.config import ConfigError, nearest, require
+from engram_jax.errors import RunError, missing_extra
 from engram_jax.evaluation.statistics import Metric
-from engram_jax.evaluation.tasks import Result, Shared, register
+from engram_jax.evaluation.tasks import Result, Shared
 
 if TYPE_CHECKING:
     from engram_jax.evaluation.evaluated_run import EvaluatedRun
 
-MISSING = "lm_eval is not installed: pip install 'engram_jax[eval]' (or lm_eval>=0.4.13)."
+MISSING = missing_extra("lm_eval", "eval")
 
 
-@register("lm_eval")
 @dataclass(frozen=True)
 class LmEval:
     """A task, group or tag of lm-evaluation-harness, as --tasks lm_eval:NAME. Most load data from the web."""
@@ -63,18 +61,16 @@ def load_tasks(name: str, include: str) -> list[Any]:
     """The harness's task or group of that name, or the tasks of that tag, with their data.
 
     Raises:
-      ConfigError: there is none; names the nearest.
-      RunError: its data cannot be had.
+      ConfigError: there is no such task; names the nearest.
+      RunError: its code or its data cannot be loaded.
     """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include or None)
     if name not in manager.all_tasks:
-        near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-        hint = f"; the nearest: {', '.join(near)}" if near else ""
         raise ConfigError(
-            f"lm_eval: the harness has no task {name!r}{hint}. "
-            "python -m engram_jax.evaluation.lm_eval ls tasks lists them; --lm_eval.include adds a folder of them."
+            f"lm_eval: the harness has no task {name!r}{nearest(name, manager.all_tasks)}. "
+            "python -m engram_jax.evaluation.lm_eval ls tasks lists all; --lm_eval.include adds a folder of tasks."
         )
     try:
         loaded = manager.load(name)
@@ -86,7 +82,7 @@ def load_tasks(name: str, include: str) -> list[Any]:
 
 
 def result_of(asked: str, results: Mapping[str, Any]) -> Result:
-    """The harness's results: metrics of the task asked for under their own names, of tasks within it as TASK.METRIC.
+    """The harness's results: metrics of the task asked for under their own names, and of tasks in it as TASK.METRIC.
 
     The harness names a metric `acc,none` (the filter last) and its standard error `acc_stderr,none`.
     """

@@ -22,7 +22,7 @@ import numpy as np
 
 from engram_jax.config import require
 from engram_jax.evaluation.statistics import ratio
-from engram_jax.evaluation.tasks import Result, Shared, register
+from engram_jax.evaluation.tasks import Result, Shared
 
 if TYPE_CHECKING:
     from engram_jax.evaluation.evaluated_run import EvaluatedRun
@@ -34,7 +34,6 @@ FEW_KEYS = 100
 SLIDE_SHARE = 4  # 1,024 of 4,096 in its code
 
 
-@register("longppl")
 @dataclass(frozen=True)
 class LongPPL:
     """Perplexity over the tokens that long context helps with."""

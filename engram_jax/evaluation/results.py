@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a JSON file that says what was measured, of what, with what, and how to repeat it.
+"""The JSON file of an evaluation: the numbers, the run and settings that they belong to, and how to repeat them.
 
     {"format": 1, "created", "command", "seed", "shared": {...}, "versions": {...}, "commit", "device",
      "run": {"name", "step", "config", ...}, "memory_scale": {"1": 0.0, ...},
@@ -10,14 +10,11 @@ A number that could not be measured is null.
 from __future__ import annotations
 
 import datetime
-import errno
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engram_jax import files
 from engram_jax.config import ConfigError, require
 from engram_jax.errors import RunError
 from engram_jax.evaluation.statistics import Metric
@@ -42,7 +40,7 @@ FOLDER = "evaluations"
 def record(
     model: EvaluatedRun, shared: Shared, tasks: Mapping[str, dict[str, Any]], command: list[str]
 ) -> dict[str, Any]:
-    """The file's content; `tasks` are made by `entry`."""
+    """The content of the file. `tasks` come from `entry`, by name."""
     device = model.parts.mesh.devices.flat[0]
     return {
         "format": FORMAT,
@@ -66,7 +64,7 @@ def record(
 
 
 def entry(options: Any, result: Result, seconds: float) -> dict[str, Any]:
-    """One task's part of the file; `options` is the task."""
+    """One task's part of the file. `options` is the task, a dataclass of its options."""
     metrics = {name: asdict(metric) for name, metric in result.metrics.items()}
     return {
         "options": asdict(options),
@@ -77,33 +75,27 @@ def entry(options: Any, result: Result, seconds: float) -> dict[str, Any]:
 
 
 def check_writable(path: Path) -> None:
-    """Makes the folder and tries whether `save` can write this file: before there is anything to lose.
+    """Makes the folder and tries whether `save` can write the file, before there is anything to lose.
 
     Raises:
-      RunError: it cannot.
+      RunError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        files.check_writable(path)
     except OSError as error:
         raise _cannot_write(path, error) from None
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Atomic; NaN and infinities become null, paths text.
+    """Writes the file atomically. NaN and infinities become null, paths become text.
 
     Raises:
-      RunError: it cannot be written.
+      RunError: the file cannot be written.
     """
-    # Here, because it brings jax, which showing saved results does not wait for.
-    from engram_jax.runs.settings import write_json
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, plain(content))
+        files.write_json(path, plain(content))
     except OSError as error:
         raise _cannot_write(path, error) from None
 
@@ -113,20 +105,23 @@ def _cannot_write(path: Path, error: OSError) -> RunError:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A file that `save` wrote.
+    """The content of a file that `save` wrote.
 
     Raises:
-      ConfigError: it is no such file, or of a later format.
+      ConfigError: the file cannot be read, holds something else, or has a later format.
     """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as results of an evaluation: {error}") from error
+        raise ConfigError(f"{path} cannot be read as the results of an evaluation: {error}.") from error
     require(
         isinstance(content, dict) and {"format", "tasks", "run"} <= set(content),
-        f"{path} holds no results of an evaluation: it lacks format, tasks or run.",
+        f"{path} is not a results file of an evaluation: format, tasks or run is missing.",
     )
-    require(content["format"] <= FORMAT, f"{path} is of format {content['format']}; this version reads up to {FORMAT}.")
+    require(
+        content["format"] <= FORMAT,
+        f"{path} has format {content['format']}, and this version reads formats up to {FORMAT}: use a newer version.",
+    )
     return content
 
 
@@ -142,7 +137,7 @@ def metric_of(values: Mapping[str, Any]) -> Metric:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that touch the numbers, those that are installed."""
+    """Versions of the installed packages that affect the numbers, by name."""
     found = {"python": platform.python_version(), "engram_jax": __version__}
     for package in PACKAGES:
         try:
@@ -153,7 +148,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Of the checkout this package lies in, with `+changes` if files differ from it; None outside of one."""
+    """Commit of the checkout that holds this package, with `+changes` if files differ from it; None outside of one."""
     package = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -163,14 +158,16 @@ def commit() -> str | None:
         return output.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # a package installed into somebody else's checkout is not it
+        git(
+            "ls-files", "--error-unmatch", "__init__.py"
+        )  # fails for a package installed into another project's checkout
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", str(package)) else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 def plain(value: Any) -> Any:
-    """Of nothing but what JSON has: what `load` returns of a file that `save` wrote."""
+    """The value with JSON's types only: what `load` returns after `save`."""
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""The model on new tokens of sequences it has begun: prefill, decoding and verifying drafts are all this one function.
+"""The model on new tokens of sequences that it has begun: one function prefills, decodes and verifies drafts.
 
-`extend` takes T tokens of each sequence, of which the first `count_B` are real, and is equal to running the whole
-sequences anew (tests/inference). T = 1 decodes; a chunk of a prompt beside sequences that decode is T > 1 with counts
-of 1 among them; a draft is verified by its logits and then accepted in part with `rollback`.
+`extend` takes T tokens of each sequence; the first `count_B` of them are real. Its states equal those of the whole
+sequences run anew (tests/inference). T = 1 decodes. With T > 1, sequences with chunks of a prompt and sequences with
+one new token share a step. A draft is verified by its logits; `rollback` takes back what is rejected.
 
 Legend: B batch, T new tokens, W kept positions, H rows per token, M residual streams, D hidden size.
 """
@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from engram_jax.inference.cache import Cache, GatedValues, newest
-from engram_jax.layers import cached_attention
+from engram_jax.inference.cache import Cache
+from engram_jax.layers.reader import newest
 from engram_jax.memory.description import MemoryRows, MemoryState
 from engram_jax.memory.hashing import canonicalize, ngram_row_ids
 from engram_jax.memory.store import MemoryStore
@@ -37,25 +37,27 @@ def extend(
 
     Args:
       memory, step: the tables, and the updates done when they are read (`TrainState.step`).
-      tokens_BT: int32; behind the first `count_B` of each sequence anything may stand, its states mean nothing.
-      count_B: int32, 0..T. 0 leaves a sequence as it was.
+      tokens_BT: int32. Tokens behind the first `count_B` of a sequence are padding; their states mean nothing.
+      count_B: int32, 0..T. 0 leaves a sequence unchanged.
     """
     tokens_BT, count_B = placed(tokens_BT, "batch", None), placed(count_B, "batch")
     rows, canonical_BW = fetch(store, memory, step, tokens_BT, count_B, cache.canonical_BW)
-    x_BTMD, attention, gated = model.embed(tokens_BT), {}, {}
+    x_BTMD, attention, readers = model.embed(tokens_BT), {}, {}
     # Only MoE statistics, which are dropped here, would ask which tokens are padding.
     for segment in segments(model.config):
         if segment.reads_memory:
             layer = str(segment.start)
             with jax.named_scope("engram"):
-                x_BTMD, gated[layer] = _read(model.engram[layer], x_BTMD, rows[layer], count_B, cache.gated.get(layer))
+                reader, kept = model.engram[layer], cache.readers.get(layer)
+                update_BTMD, readers[layer] = reader.extend(x_BTMD, rows[layer], count_B, kept)
+                x_BTMD = x_BTMD + update_BTMD
 
         def run_block(carry: Any, block_layer: Any):
             x_BTMD, kept = carry
             block, layer = block_layer
 
             def attention(h_BTD: jax.Array):
-                return cached_attention.extend(block.attn, h_BTD, kept, layer, cache.length_B)
+                return block.attn.extend(h_BTD, kept, layer, cache.length_B)
 
             x_BTMD, kept = block.attend(x_BTMD, attention)
             return (block.feed_forward(x_BTMD)[0], kept), None
@@ -63,8 +65,8 @@ def extend(
         layers = jnp.arange(segment.stop - segment.start, dtype=jnp.int32)
         start = (x_BTMD, cache.attention[segment.name])
         (x_BTMD, attention[segment.name]), _ = jax.lax.scan(run_block, start, (model.blocks[segment.name], layers))
-    kept_gated = {layer: kept for layer, kept in gated.items() if kept is not None}
-    return model.final(x_BTMD), Cache(cache.length_B + count_B, attention, canonical_BW, kept_gated)
+    readers = {layer: kept for layer, kept in readers.items() if kept is not None}
+    return model.final(x_BTMD), Cache(cache.length_B + count_B, attention, canonical_BW, readers)
 
 
 def fetch(
@@ -82,7 +84,7 @@ def fetch(
     window = store.config.engram_max_ngram_size - 1
     joined = jnp.concatenate([canonical_BW[:, canonical_BW.shape[1] - window :], canonical_BT], axis=1)
     ids = {la: ngram_row_ids(store.constants, int(la), joined)[:, window:] for la in store.layers}
-    # Every device looks up its own tokens, so a few that nobody reads make up whole shares.
+    # Every device looks up an equal share of the tokens: repeat the last one to fill the shares.
     missing = -tokens_BT.shape[1] % _positions_cut()
     ids = {la: jnp.concatenate([x, *[x[:, -1:]] * missing], axis=1) for la, x in ids.items()}
     rows = store.fetch(memory, store.plan_ids(ids), step)
@@ -95,22 +97,3 @@ def _positions_cut() -> int:
     """Devices over which the positions of a batch are cut for lookups."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_TO_MESH["own_seq"] or ())
-
-
-def _read(
-    reader: Any, x_BTMD: jax.Array, rows_BTHd: jax.Array, count_B: jax.Array, kept: GatedValues | None
-) -> tuple[jax.Array, GatedValues | None]:
-    """The streams after an Engram layer, and its convolution's newest inputs."""
-    if kept is None:
-        return x_BTMD + reader(x_BTMD, rows_BTHd), None
-    gate_BTM, value_BTD = reader.gated_value(x_BTMD, rows_BTHd)
-    gate_BTM, value_BTD = (placed(x, "batch", None, None) for x in (gate_BTM, value_BTD))
-    first, reach = kept.gate_BWM.shape[1] - reader.reach, reader.reach
-    gates, values = (
-        jnp.concatenate([old[:, first:], new.astype(old.dtype)], axis=1)
-        for old, new in ((kept.gate_BWM, gate_BTM), (kept.value_BWD, value_BTD))
-    )
-    y_BTMD = placed(reader.convolved(gates, values, None)[:, reach:], "batch", "seq", None, "act")
-    update_BTMD = reader.written(x_BTMD, y_BTMD).astype(x_BTMD.dtype)
-    kept = GatedValues(newest(kept.gate_BWM, gate_BTM, count_B), newest(kept.value_BWD, value_BTD, count_B))
-    return x_BTMD + update_BTMD, kept

@@ -28,6 +28,7 @@ from engram_jax.inference.cache import Cache, new_cache, reset, rollback
 from engram_jax.inference.decode import extend
 from engram_jax.inference.sampling import Sampling, choose
 from engram_jax.inference.served import Served, served
+from engram_jax.memory.placements import in_program_placements
 from engram_jax.runs.parts import Parts
 from engram_jax.runs.state import TrainState
 from engram_jax.sharding import BATCH, placed
@@ -244,7 +245,7 @@ def check_decodes(parts: Parts) -> None:
     require(
         parts.store.placement.in_program,
         f"memory.placement={placement}: decoding reads its rows within its program, which cannot reach these tables. "
-        "Choose device, host or tiered.",
+        f"Choose one of {', '.join(in_program_placements())}.",
     )
 
 

@@ -1,7 +1,8 @@
-"""A trained state as serving needs it: no optimizer, and weights in the dtype that products take them in."""
+"""A trained state for serving: without the optimizer's state, and with weights in the model's dtype."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 
 from engram_jax.memory.description import MemoryState
-from engram_jax.optimizers.roles import KEPT_WIDE, ROLES
+from engram_jax.optimizers.roles import Role, roles
 from engram_jax.runs.parts import Parts
 from engram_jax.runs.state import TrainState
 
@@ -24,17 +25,18 @@ class Served:
 
 
 def served(parts: Parts, state: TrainState) -> Served:
-    """The same outputs bit for bit: layers cast these weights at every use, and decoding reads half the bytes so.
+    """The state for serving; its outputs equal the trained state's bit for bit. Call under the mesh.
 
-    Call under the mesh.
+    Layers cast these weights at every use, so casting them once changes no output and halves the bytes that are read.
     """
-    params = jax.jit(partial(_cast, dtype=parts.config.model.dtype))(state.params)
+    model = parts.config.model
+    params = jax.jit(partial(_cast, dtype=model.dtype, roles=roles(model)))(state.params)
     return Served(params, state.buffers, state.memory, state.step)
 
 
-def _cast(params: dict[str, Any], dtype: str) -> dict[str, Any]:
+def _cast(params: dict[str, Any], dtype: str, roles: Mapping[str, Role]) -> dict[str, Any]:
     def one(path: tuple[Any, ...], weight: jax.Array) -> jax.Array:
-        name = path[-1].key
-        return weight if name in KEPT_WIDE or ROLES[name].kind == "vector" else weight.astype(dtype)
+        role = roles[path[-1].key]
+        return weight if role.stays_float32 or role.kind == "vector" else weight.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(one, params)

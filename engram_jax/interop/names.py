@@ -1,22 +1,23 @@
-"""A model's tensors under the names and in the layouts of DeepSeek's Hugging Face checkpoints: one table for both ways.
+"""A model's tensors under the names and in the layouts of DeepSeek's Hugging Face checkpoints, for export and import.
 
     model.layers.3.self_attn.q_proj.weight     [heads * head_dim, hidden]     <->     blocks/02-03/attn/q_dnh[1]
 
-A linear layer's matrix is [outputs, inputs] there; here its dims have letters, which a layout puts in order and joins:
-"dnh->nh,d" makes [N * H, D] of [D, N, H]. Blocks that are stacked here are numbered one by one there, experts too.
-Names that DeepSeek has none for are this project's own (docs/interchange.md lists all).
+A linear layer's matrix is [outputs, inputs] in the file. Our dims have letters, which a layout puts in order and joins:
+"dnh->nh,d" makes [N * H, D] of [D, N, H]. The file numbers blocks and experts one by one; ours are stacked.
+DeepSeek has no names for some tensors: those names are this project's own (docs/interchange.md lists all).
+Attention and readers declare their tensors themselves (variants/weights.py).
 
-Rotary dims: pairs are (i, i + H/2) here and (2i, 2i + 1) in DeepSeek's latent attention, so the rope columns of queries
-and of the shared key are permuted on the way. Grouped-query attention has the halves of Llama and Qwen there as well.
+Rotary dims: our pairs are (i, i + H/2). A weight with `rope_width` has the pairs (2i, 2i + 1) in the file, so those
+columns are permuted on the way.
 
-Letters: those of layers/ (D hidden, N heads, H head width, R latent, V vocabulary or value width, E experts or memory
-width, F feed-forward width, M streams, K taps, C = M * D).
+Letters: D hidden, H width rotated, V vocabulary, E experts, F feed-forward width.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ import numpy as np
 
 from engram_jax.config import ModelConfig
 from engram_jax.model import Segment, segments
+from engram_jax.registries import ATTENTION, READERS
+from engram_jax.variants.weights import STREAM_MODULES, WeightSpec, stream_weights
 
 Tree = dict[str, Any]
 
@@ -33,13 +36,15 @@ class Part:
     """Our side of a tensor: a leaf of the parameters or buffers, or one block's or expert's slice of it."""
 
     path: tuple[str, ...]
+    """Keys to the leaf."""
     shape: tuple[int, ...]
-    """Of the slice."""
+    """The slice's shape."""
     layout: str
-    """Our dims' letters -> the file's; those between two commas are one dim there, "1" is a new one."""
+    """Our dims' letters -> the file's. Letters between two commas are one dim of the file; "1" is a new dim."""
     index: tuple[int, ...] = ()
+    """Which slice of the leaf: block, then expert."""
     rope_width: int = 0
-    """Of our last dim, this many at its end are rotated in pairs."""
+    """How many numbers at the end of our last dim are rotated in pairs."""
 
     def of(self, tree: Mapping[str, Any]) -> Any:
         for key in self.path:
@@ -91,7 +96,7 @@ class Weight:
     name: str
     parts: tuple[Part, ...]
     stays_float32: bool = False
-    """Whatever the checkpoint's dtype: what is computed in float32 from it would lose by rounding."""
+    """True: the tensor is float32 in checkpoints of every dtype."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -134,6 +139,14 @@ def _weight(name: str, path: tuple[str, ...], shape: tuple[int, ...], layout: st
     return Weight(name, (Part(path, shape, layout, **settings),), stays)
 
 
+def _declared(specs: Sequence[WeightSpec], name: str, path: tuple[str, ...], at: tuple[int, ...]) -> Iterator[Weight]:
+    """The tensors of a layer's weights; those with one file name are one tensor."""
+    for file, group in itertools.groupby(specs, lambda spec: spec.file):
+        joined = list(group)
+        parts = tuple(Part((*path, *spec.path), spec.shape, spec.layout, at, spec.rope_width) for spec in joined)
+        yield Weight(name + file, parts, any(spec.stays_float32 for spec in joined))
+
+
 def _block(config: ModelConfig, segment: Segment, layer: int) -> Iterator[Weight]:
     D, moe, at = config.hidden_size, config.moe, (layer - segment.start,)
     name, path = f"model.layers.{layer}", ("blocks", segment.name)
@@ -142,9 +155,11 @@ def _block(config: ModelConfig, segment: Segment, layer: int) -> Iterator[Weight
         return _weight(f"{name}.{hf}", path + ours, (D,), "d->d", index=at)
 
     if layer in config.engram.engram_layer_ids:
-        yield from _reader(config, layer)
+        reader = READERS[config.engram.engram_variant].weights(config)
+        yield from _declared(reader, f"{name}.engram.", ("engram", str(layer)), ())
     yield vector("input_layernorm.weight", "attn_norm", "gain")
-    yield from _attention(config, f"{name}.self_attn", (*path, "attn"), at)
+    attention = ATTENTION[config.attention.kind].weights(config)
+    yield from _declared(attention, f"{name}.self_attn.", (*path, "attn"), at)
     yield vector("post_attention_layernorm.weight", "ffn_norm", "gain")
     if not segment.is_moe:
         yield from _feed_forward(f"{name}.mlp", (*path, "ffn"), at, D, config.intermediate_size)
@@ -165,29 +180,8 @@ def _block(config: ModelConfig, segment: Segment, layer: int) -> Iterator[Weight
         if moe.n_shared_experts:
             yield from _feed_forward(f"{name}.mlp.shared_experts", (*ffn, "shared"), at, D, moe.n_shared_experts * F)
     if config.hc_mult > 1:
-        for ours, theirs in (("attn_hc", "hc_attn"), ("ffn_hc", "hc_ffn")):
-            yield from _hyper_connection(config, f"{name}.{theirs}", (*path, ours), at)
-
-
-def _attention(config: ModelConfig, name: str, path: tuple[str, ...], at: tuple[int, ...]) -> Iterator[Weight]:
-    D, a = config.hidden_size, config.attention
-    N, H, R, rope = a.num_attention_heads, a.qk_head_dim, a.kv_lora_rank, a.qk_rope_head_dim
-
-    def weight(hf: str, leaf: str, shape: tuple[int, ...], layout: str, rope_width: int = 0) -> Weight:
-        return _weight(f"{name}.{hf}.weight", (*path, leaf), shape, layout, index=at, rope_width=rope_width)
-
-    if a.kind == "gqa":
-        G = a.num_key_value_heads
-        yield weight("q_proj", "q_dnh", (D, N, H), "dnh->nh,d")
-        yield weight("k_proj", "k_dgh", (D, G, H), "dgh->gh,d")
-        yield weight("v_proj", "v_dgh", (D, G, H), "dgh->gh,d")
-        yield weight("o_proj", "o_nhd", (N, H, D), "nhd->d,nh")
-        return
-    yield weight("q_proj", "q_dnh", (D, N, H), "dnh->nh,d", rope)
-    yield weight("kv_a_proj_with_mqa", "kv_down_dr", (D, R + rope), "dr->r,d", rope)
-    yield _weight(f"{name}.kv_a_layernorm.weight", (*path, "kv_norm", "gain"), (R,), "r->r", index=at)
-    yield weight("kv_b_proj", "kv_up_rnh", (R, N, a.qk_nope_head_dim + a.v_head_dim), "rnh->nh,r")
-    yield weight("o_proj", "o_nhd", (N, a.v_head_dim, D), "nhd->d,nh")
+        for module, file in STREAM_MODULES.items():
+            yield from _declared(stream_weights(config, module, file), f"{name}.", path, at)
 
 
 def _feed_forward(
@@ -198,46 +192,3 @@ def _feed_forward(
     for hf, leaf in zip(("gate_proj", "up_proj", "down_proj"), leaves, strict=True):
         shape, layout = ((F, D), "fd->d,f") if hf == "down_proj" else ((D, F), "df->f,d")
         yield _weight(f"{name}.{hf}.weight", (*path, leaf), shape, layout, index=at)
-
-
-def _reader(config: ModelConfig, layer: int) -> Iterator[Weight]:
-    engram, M, D = config.engram, config.engram_branches, config.hidden_size
-    name, path = f"model.layers.{layer}.engram", ("engram", str(layer))
-    if engram.engram_variant == "over_encoding":
-        shape = (engram.num_rows_per_token, engram.engram_head_dim, D)
-        yield _weight(f"{name}.slice_proj.weight", (*path, "slice_hed"), shape, "hed->h,d,e")
-        return
-    keys = 0 if "gate" in engram.engram_without else M
-    # V4.1's names and layouts: the keys of all streams, then the value.
-    yield _weight(f"{name}.wkv.weight", (*path, "key_value_emd"), (engram.memory_dim, keys + 1, D), "emd->md,e")
-    if engram.engram_bias:
-        yield _weight(f"{name}.wkv.bias", (*path, "key_value_bias_md"), (keys + 1, D), "md->md")
-    if keys:
-        yield _weight(f"{name}.q_weight", (*path, "query_norm"), (M, D), "md->m,d")
-        yield _weight(f"{name}.k_weight", (*path, "key_norm"), (M, D), "md->m,d")
-    if "multi_branch" in engram.engram_without:
-        yield from _hyper_connection(config, f"{name}.hc", (*path, "port"), (), ("pre", "post"))
-    if K := engram.engram_kernel_size:
-        yield _weight(f"{name}.conv_norm.weight", (*path, "conv_norm"), (M, D), "md->m,d")
-        yield _weight(f"{name}.conv1d.weight", (*path, "conv_kmd"), (K, M, D), "kmd->md,1,k")
-
-
-def _hyper_connection(
-    config: ModelConfig,
-    name: str,
-    path: tuple[str, ...],
-    at: tuple[int, ...],
-    maps: tuple[str, ...] = ("pre", "post", "res"),
-) -> Iterator[Weight]:
-    M, C = config.hc_mult, config.hc_mult * config.hidden_size
-    width = {"pre": M, "post": M, "res": M * M}
-    bias = {"pre": ((M,), "m->m"), "post": ((M,), "m->m"), "res": ((M, M), "mn->mn")}
-
-    def joined(hf: str, *parts: tuple[str, tuple[int, ...], str]) -> Weight:
-        return Weight(
-            f"{name}_{hf}", tuple(Part((*path, leaf), shape, layout, at) for leaf, shape, layout in parts), True
-        )
-
-    yield joined("fn", *((f"phi_{part}_cm", (C, width[part]), "cm->m,c") for part in maps))
-    yield joined("base", *((f"bias_{part}", *bias[part]) for part in maps))
-    yield joined("scale", ("alpha", (len(maps),), "m->m"))

@@ -22,6 +22,7 @@ import numpy as np
 from engram_jax.config import ConfigError, ModelConfig, RunConfig, from_dict, require
 from engram_jax.data.tokenizer import Tokenizer, load_tokenizer
 from engram_jax.errors import RunError
+from engram_jax.files import write_json
 from engram_jax.interop.names import Tree, Weight, table_name, weights
 from engram_jax.interop.shards import AGAIN, Folder, Source, Tensor, write
 from engram_jax.memory import hashing
@@ -30,11 +31,11 @@ from engram_jax.memory.hashing import HashConstants
 from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableState
 from engram_jax.memory.table_files import ShardWriter, TableReader, rows_per_chunk
+from engram_jax.registries import ATTENTION
 from engram_jax.runs import run_folder
 from engram_jax.runs.checkpoint import Checkpoints
 from engram_jax.runs.load import load_run, on_one_device, tables_of
 from engram_jax.runs.parts import Parts, assemble
-from engram_jax.runs.settings import write_json
 from engram_jax.runs.state import TrainState
 from engram_jax.runs.table_checkpoint import fields_of
 from engram_jax.version import __version__
@@ -107,7 +108,7 @@ def hf_config(model: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str,
         "attention_kind": attention["kind"],
         "hidden_act": "silu",
         "rope_scaling": {"type": "yarn", **yarn} if yarn["factor"] > 1 else None,
-        "rope_interleave": attention["kind"] == "mla",
+        "rope_interleave": any(weight.rope_width for weight in ATTENTION[model.attention.kind].weights(model)),
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,

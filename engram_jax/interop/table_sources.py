@@ -18,7 +18,7 @@ from engram_jax.config import require
 from engram_jax.interop.shards import DTYPES, Tensor
 from engram_jax.memory.chunks import filled
 from engram_jax.memory.description import MemoryState
-from engram_jax.memory.quantized import BLOCK, FrozenFP8, dequantize, num_blocks
+from engram_jax.memory.quantized import BLOCK, CODE, dequantize, num_blocks
 from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableLayout, TableState
 
@@ -97,7 +97,7 @@ def load_tables(store: MemoryStore, sources: Mapping[str, RowSource]) -> MemoryS
     Raises:
       ConfigError: a source of other size than the store's table, or not in FP8 where the store is.
     """
-    frozen = isinstance(store.optimizer, FrozenFP8)
+    frozen = store.row_dtype == CODE.dtype.name
     for layer in store.layers:
         source, wanted = sources[layer], (store.num_rows(layer), store.config.engram_head_dim)
         require(

@@ -1,7 +1,7 @@
-"""Causal attention inside documents: multi-head latent attention (DeepSeek-V2) and grouped-query attention.
+"""Causal attention inside documents: the products that attention variants share (mla.py, gqa.py).
 
-Letters: B batch, T query position, S key position, D hidden, N query head, G key-value head, H query-key head width,
-V value head width, R width of the compressed latent.
+Letters: B batch, T query position, S key position, N query head, G key-value head, H query-key head width, V value
+head width.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import normal
 from jax.sharding import PartitionSpec as P
 
-from engram_jax.config import AttentionConfig, ModelConfig
-from engram_jax.layers.norm import RMSNorm
-from engram_jax.layers.rope import rope, softmax_scale
+from engram_jax.config import ModelConfig
 from engram_jax.layers.splash import splash_attention
-from engram_jax.sharding import in_use, platform, sharding_of, spec
+from engram_jax.registries import ATTENTION
+from engram_jax.sharding import platform, sharding_of
+from engram_jax.variants.attention import AttentionLayer
 
 
 def causal_mask(length: int, segment_ids_BT: jax.Array | None) -> jax.Array:
@@ -68,89 +67,11 @@ def attention(
     return (y_BTNV / total_BTN1).astype(q_BTNH.dtype)
 
 
-class MLA(nnx.Module):
-    """Keys and values of all heads come from one normalised latent of `kv_lora_rank`; position goes through a separate
-    rope part whose key all heads share. Queries are full-rank (as in mHC's 27B model, arXiv
-    2512.24880, table 5)."""
-
-    def __init__(
-        self, hidden_size: int, config: AttentionConfig, eps: float, std: float, out_std: float, *, rngs: nnx.Rngs
-    ):
-        D, N, R = hidden_size, config.num_attention_heads, config.kv_lora_rank
-        nope, pe, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        dims = {"q": ("embed", "heads", None), "kv_up": ("latent", "heads", None), "o": ("heads", None, "embed")}
-        self.q_dnh = nnx.Param(
-            normal(std)(rngs.params(), (D, N, nope + pe), jnp.float32, out_sharding=spec(*dims["q"]))
-        )
-        self.kv_down_dr = nnx.Param(
-            normal(std)(rngs.params(), (D, R + pe), jnp.float32, out_sharding=spec("embed", "latent"))
-        )
-        self.kv_norm = RMSNorm(R, eps)
-        self.kv_up_rnh = nnx.Param(
-            normal(std)(rngs.params(), (R, N, nope + V), jnp.float32, out_sharding=spec(*dims["kv_up"]))
-        )
-        self.o_nhd = nnx.Param(normal(out_std)(rngs.params(), (N, V, D), jnp.float32, out_sharding=spec(*dims["o"])))
-        self.config = config
-
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        """x_BTD -> y_BTD; positions count from the start of each document, segment id 0 is padding."""
-        c, dtype = self.config, x_BTD.dtype
-        act, heads = spec("batch", "seq", "act"), spec("batch", "seq", "heads", "act")
-        q_dnh = in_use(self.q_dnh[...], "embed", "heads", None, dtype=dtype)
-        kv_down_dr = in_use(self.kv_down_dr[...], "embed", "latent", dtype=dtype)
-        o_nhd = in_use(self.o_nhd[...], "heads", None, "embed", dtype=dtype)
-
-        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, q_dnh, out_sharding=heads)
-        q_nope, q_pe = jnp.split(q_BTNH, [c.qk_nope_head_dim], axis=-1)
-        q_BTNH = jnp.concatenate([q_nope, rope(q_pe, positions_BT, c)], axis=-1)
-
-        latent_BTR = jnp.einsum("btd,dr->btr", x_BTD, kv_down_dr, out_sharding=act)
-        latent_BTR, k_pe = jnp.split(latent_BTR, [c.kv_lora_rank], axis=-1)
-        # A sequence that is cut over devices is joined here, where a key and value of all heads are R + pe numbers.
-        latent_BSR = whole_sequence(self.kv_norm(latent_BTR))
-        k_pe = whole_sequence(rope(k_pe[:, :, None], positions_BT, c))
-        whole_heads = spec("batch", None, "heads", "act")
-        kv_BSNH = jnp.einsum("bsr,rnh->bsnh", latent_BSR, self.kv_up_rnh[...].astype(dtype), out_sharding=whole_heads)
-        k_nope, v_BSNV = jnp.split(kv_BSNH, [c.qk_nope_head_dim], axis=-1)
-        k_pe = jnp.broadcast_to(k_pe, (*k_nope.shape[:3], c.qk_rope_head_dim), out_sharding=whole_heads)
-        k_BSNH = jnp.concatenate([k_nope, k_pe], axis=-1)
-
-        y_BTNV = attend(q_BTNH, k_BSNH, v_BSNV, segment_ids_BT, softmax_scale(c))
-        return jnp.einsum("btnv,nvd->btd", y_BTNV, o_nhd, out_sharding=act)
+def attention_class(config: ModelConfig) -> type[AttentionLayer]:
+    """The layer that `config.attention.kind` names."""
+    return ATTENTION[config.attention.kind].layer()
 
 
-class GQA(nnx.Module):
-    """Grouped-query attention with rope on the whole head (width qk_nope + qk_rope for queries, keys and values)."""
-
-    def __init__(self, hidden_size: int, config: AttentionConfig, std: float, out_std: float, *, rngs: nnx.Rngs):
-        D, N, G, H = hidden_size, config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
-        into, out = spec("embed", "heads", None), spec("heads", None, "embed")
-        self.q_dnh = nnx.Param(normal(std)(rngs.params(), (D, N, H), jnp.float32, out_sharding=into))
-        self.k_dgh = nnx.Param(normal(std)(rngs.params(), (D, G, H), jnp.float32, out_sharding=into))
-        self.v_dgh = nnx.Param(normal(std)(rngs.params(), (D, G, H), jnp.float32, out_sharding=into))
-        self.o_nhd = nnx.Param(normal(out_std)(rngs.params(), (N, H, D), jnp.float32, out_sharding=out))
-        self.config = config
-
-    def __call__(self, x_BTD: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        """x_BTD -> y_BTD; positions count from the start of each document, segment id 0 is padding."""
-        c, dtype = self.config, x_BTD.dtype
-        act, heads = spec("batch", "seq", "act"), spec("batch", "seq", "heads", "act")
-        q_dnh, k_dgh, v_dgh = (
-            in_use(w[...], "embed", "heads", None, dtype=dtype) for w in (self.q_dnh, self.k_dgh, self.v_dgh)
-        )
-        o_nhd = in_use(self.o_nhd[...], "heads", None, "embed", dtype=dtype)
-        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, q_dnh, out_sharding=heads)
-        k_BTGH = jnp.einsum("btd,dgh->btgh", x_BTD, k_dgh, out_sharding=heads)
-        v_BTGH = jnp.einsum("btd,dgh->btgh", x_BTD, v_dgh, out_sharding=heads)
-        q_BTNH, k_BTGH = rope(q_BTNH, positions_BT, c), rope(k_BTGH, positions_BT, c)
-        y_BTNH = attend(q_BTNH, whole_sequence(k_BTGH), whole_sequence(v_BTGH), segment_ids_BT, softmax_scale(c))
-        return jnp.einsum("btnh,nhd->btd", y_BTNH, o_nhd, out_sharding=act)
-
-
-def make_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> MLA | GQA:
-    """The attention that `config.attention.kind` names; the output projection starts 1/sqrt(2 layers) smaller."""
-    std = config.initializer_range
-    out_std = std * (2 * config.num_hidden_layers) ** -0.5
-    if config.attention.kind == "mla":
-        return MLA(config.hidden_size, config.attention, config.rms_norm_eps, std, out_std, rngs=rngs)
-    return GQA(config.hidden_size, config.attention, std, out_std, rngs=rngs)
+def make_attention(config: ModelConfig, *, rngs: nnx.Rngs) -> AttentionLayer:
+    """A new layer of the attention that `config.attention.kind` names."""
+    return attention_class(config)(config, rngs=rngs)

@@ -1,23 +1,28 @@
-"""THE READER: rows and residual streams in, an update of the streams out. It knows nothing of tables.
+"""Engram's reader: rows and residual streams in, an update of the streams out. It knows nothing of tables.
 
 Keys and values are projections of the rows (eq. 3); each stream's gate is the match between its state and its key
 (eqs. 4, 6); the gated value passes a short causal convolution (eq. 5).
 
-Legend: B batch, T seq, H rows per token, D hidden size, M residual streams, E memory width (H * head_dim).
+Legend: B batch, T seq, H rows per token, D hidden size, M residual streams, E memory width (H * head_dim), W kept
+positions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from engram_jax.config import ModelConfig, require
+from engram_jax.config import ModelConfig
+from engram_jax.layers.parameters import add_parameters
+from engram_jax.layers.reader import Reader, newest
 from engram_jax.layers.short_conv import gated_short_conv, wide
-from engram_jax.sharding import in_use, spec
+from engram_jax.registries import READERS
+from engram_jax.sharding import in_use, placed, spec
 
 GATE_FLOOR = 1e-6  # below this the published square root is flat, which bounds its slope at 500
 
@@ -32,11 +37,8 @@ def copysign_sqrt(score: jax.Array) -> jax.Array:
     return jnp.where(score >= 0, 1.0, -1.0) * jnp.sqrt(jnp.maximum(jnp.abs(score), GATE_FLOOR))
 
 
-GATES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "paper": signed_sqrt,
-    "deepseek_v41": copysign_sqrt,
-    "qwen_ple": signed_sqrt,
-}
+GATES: dict[str, Callable[[jax.Array], jax.Array]] = {"signed_sqrt": signed_sqrt, "copysign_sqrt": copysign_sqrt}
+"""By the name in `EngramVariant.gate`."""
 
 
 def _gate_scores(x_BTMD: jax.Array, key_BTMD: jax.Array, gain_MD: jax.Array, eps: float) -> jax.Array:
@@ -73,38 +75,36 @@ gate_scores = jax.custom_vjp(_gate_scores, nondiff_argnums=(3,))
 gate_scores.defvjp(_gate_scores_forward, _gate_scores_backward)
 
 
-class EngramReader(nnx.Module):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GatedValues:
+    """The newest inputs of an Engram layer's convolution."""
+
+    gate_BWM: jax.Array
+    value_BWD: jax.Array
+
+
+class EngramReader(Reader):
     """One Engram layer of the paper: `y = reader(x_BTMD, rows_BTHd, segment_ids_BT)`, to be added to the streams.
 
     Zero rows give exactly zero output (without `engram_bias`). The convolution starts at zero, so that the reader
     starts as the gated value alone (paper, section 2.4). Readers that lack a part are in layers/engram_readers.py.
     """
 
-    has_keys: ClassVar[bool] = True
+    has_gates: ClassVar[bool] = True
+
+    key_value_emd: nnx.Param
+    """A key for each gated state, then the one value that all states share."""
+    key_value_bias_md: nnx.Param
+    query_norm: nnx.Param
+    key_norm: nnx.Param
+    conv_norm: nnx.Param
+    conv_kmd: nnx.Param
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         engram = config.engram
-        E, M, D = engram.memory_dim, config.engram_branches, config.hidden_size
-        keys = M if self.has_keys else 0
         self.config, self.kernel_size, self.has_bias = config, engram.engram_kernel_size, engram.engram_bias
-        normal, ones, zeros = jax.nn.initializers.normal, jax.nn.initializers.ones, jax.nn.initializers.zeros
-        gain_dims = spec("streams", "norm")
-        # A key for each stream, then the one value that all streams share.
-        self.key_value_emd = nnx.Param(
-            normal(config.initializer_range)(
-                rngs.params(), (E, keys + 1, D), jnp.float32, out_sharding=spec("memory", "streams", "embed")
-            )
-        )
-        if self.has_bias:
-            self.key_value_bias_md = nnx.Param(zeros(rngs.params(), (keys + 1, D), jnp.float32, out_sharding=gain_dims))
-        if keys:
-            self.query_norm = nnx.Param(ones(rngs.params(), (M, D), jnp.float32, out_sharding=gain_dims))
-            self.key_norm = nnx.Param(ones(rngs.params(), (M, D), jnp.float32, out_sharding=gain_dims))
-        if self.kernel_size:
-            self.conv_norm = nnx.Param(ones(rngs.params(), (M, D), jnp.float32, out_sharding=gain_dims))
-            self.conv_kmd = nnx.Param(
-                zeros(rngs.params(), (self.kernel_size, M, D), jnp.float32, out_sharding=spec(None, "streams", "norm"))
-            )
+        add_parameters(self, READERS[engram.engram_variant].weights(config), rngs)
 
     def __call__(self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
         def update(reader: EngramReader, x_BTMD: jax.Array, rows_BTHd: jax.Array) -> jax.Array:
@@ -133,7 +133,11 @@ class EngramReader(nnx.Module):
         keys_BTMD, value_BTD = keys_value_BTMD[:, :, :-1], keys_value_BTMD[:, :, -1]
         gain_MD = self.query_norm[...] * self.key_norm[...]
         scores_BTM = gate_scores(x_BTMD, keys_BTMD, gain_MD, self.config.rms_norm_eps)
-        return jax.nn.sigmoid(GATES[self.config.engram.engram_variant](scores_BTM)), value_BTD
+        return jax.nn.sigmoid(self.signed_score(scores_BTM)), value_BTD
+
+    def signed_score(self, score_BTM: jax.Array) -> jax.Array:
+        """What the gate is the sigmoid of, as the variant was published."""
+        return GATES[READERS[self.config.engram.engram_variant].gate](score_BTM)
 
     def keys_value(self, rows_BTHd: jax.Array, dtype: Any) -> jax.Array:
         """The keys, then the value, eq. 3: [B, T, keys + 1, D]."""
@@ -147,11 +151,6 @@ class EngramReader(nnx.Module):
         if self.has_bias:
             keys_value_BTMD = keys_value_BTMD + self.key_value_bias_md[...].astype(dtype)[None, None]
         return keys_value_BTMD
-
-    @property
-    def reach(self) -> int:
-        """How many positions back the convolution looks."""
-        return max(self.kernel_size - 1, 0) * self.config.engram.engram_max_ngram_size
 
     def convolved(self, gate_BTM: jax.Array, value_BTD: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         """The update of the streams: the gated value, and its short convolution inside segments. [B, T, M, D]."""
@@ -173,24 +172,30 @@ class EngramReader(nnx.Module):
             conv = jax.shard_map(conv, in_specs=specs, out_specs=spec("batch", "seq", None, None), check_vma=False)
         return conv(*arrays)
 
+    @staticmethod
+    def new_cache(config: ModelConfig, batch: int, spare: int) -> GatedValues | None:
+        reach = config.engram.reach
+        if not reach:
+            return None
+        kept, wide = spec("batch", None, None), jnp.promote_types(config.dtype, jnp.float32)
+        gate = jnp.zeros((batch, reach + spare, config.engram_branches), wide, out_sharding=kept)
+        value = jnp.zeros((batch, reach + spare, config.hidden_size), config.dtype, out_sharding=kept)
+        return GatedValues(gate, value)
 
-class RecordingReader(nnx.Module):
-    """A reader that keeps the gates of its last call; it takes the place of the reader in a model.
-
-    Raises:
-      ConfigError: the reader has none (`EngramConfig.has_gates`).
-    """
-
-    def __init__(self, reader: nnx.Module):
-        require(
-            isinstance(reader, EngramReader) and reader.has_keys,
-            f"{type(reader).__name__} has no gates to look at: this model was trained with "
-            "engram_variant=over_encoding or engram_without=gate. Take a run with gates.",
+    def extend(
+        self, x_BTMD: jax.Array, rows_BTHd: jax.Array, count_B: jax.Array, cache: GatedValues | None
+    ) -> tuple[jax.Array, GatedValues | None]:
+        if cache is None:
+            return self(x_BTMD, rows_BTHd), None
+        reach = self.config.engram.reach
+        gate_BTM, value_BTD = self.gated_value(x_BTMD, rows_BTHd)
+        gate_BTM, value_BTD = (placed(x, "batch", None, None) for x in (gate_BTM, value_BTD))
+        first = cache.gate_BWM.shape[1] - reach
+        gates, values = (
+            jnp.concatenate([old[:, first:], new.astype(old.dtype)], axis=1)
+            for old, new in ((cache.gate_BWM, gate_BTM), (cache.value_BWD, value_BTD))
         )
-        assert isinstance(reader, EngramReader)
-        self.reader = reader
-
-    def __call__(self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
-        update_BTMD, gate_BTM = self.reader.read(x_BTMD, rows_BTHd, segment_ids_BT)
-        self.gate_btm = nnx.Intermediate(gate_BTM)
-        return update_BTMD
+        y_BTMD = placed(self.convolved(gates, values, None)[:, reach:], "batch", "seq", None, "act")
+        update_BTMD = self.written(x_BTMD, y_BTMD).astype(x_BTMD.dtype)
+        cache = GatedValues(newest(cache.gate_BWM, gate_BTM, count_B), newest(cache.value_BWD, value_BTD, count_B))
+        return update_BTMD, cache

@@ -1,4 +1,4 @@
-"""Which reader a config has: Engram's, one that lacks a part (EngramConfig.engram_without, paper 6.2), or another.
+"""Engram's readers that lack a part (EngramConfig.engram_without, paper 6.2), and the choice among them.
 
 Legend: B batch, T seq, H rows per token, D hidden size, M residual streams.
 """
@@ -14,14 +14,13 @@ from flax import nnx
 from engram_jax.config import EngramConfig, ModelConfig
 from engram_jax.layers.engram import EngramReader
 from engram_jax.layers.hyper_connections import StreamPort, read_streams
-from engram_jax.layers.over_encoding import OverEncoding
 from engram_jax.layers.short_conv import wide
 
 
 class UngatedReader(EngramReader):
-    """Every gate is 1, so the value alone reaches the streams, and with no gate to match there are no keys."""
+    """Every gate is 1, so the value alone reaches the streams, and there are no keys."""
 
-    has_keys: ClassVar[bool] = False
+    has_gates: ClassVar[bool] = False
 
     def gated_value(self, x_BTMD: jax.Array, rows_BTHd: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.ones_like(wide(x_BTMD[..., 0])), self.keys_value(rows_BTHd, x_BTMD.dtype)[:, :, 0]
@@ -52,8 +51,6 @@ class SingleBranchReader(EngramReader):
 WITHOUT: dict[str, type[EngramReader]] = {"gate": UngatedReader, "multi_branch": SingleBranchReader}
 
 
-def reader_class(engram: EngramConfig) -> type[EngramReader] | type[OverEncoding]:
-    """What reads the rows of an Engram layer. Parts of the hash make no difference here."""
-    if engram.engram_variant == "over_encoding":
-        return OverEncoding
+def engram_reader(engram: EngramConfig) -> type[EngramReader]:
+    """Engram's reader without the parts in `engram_without`. Parts of the hash make no difference to it."""
     return next((WITHOUT[part] for part in engram.engram_without if part in WITHOUT), EngramReader)

@@ -19,24 +19,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from engram_jax.config import ModelConfig
+from engram_jax.layers.parameters import add_parameters
+from engram_jax.layers.reader import Reader
+from engram_jax.registries import READERS
 from engram_jax.sharding import in_use, spec
 
 
-class OverEncoding(nnx.Module):
+class OverEncoding(Reader):
     """`y = reader(x_BTMD, rows_BTHd)`, to be added to the streams before the first block. Zero rows add nothing.
 
     The publication's initial scale is not known to us. Here W starts at d^-1/2, so that a projected row has the spread
     of the vocabulary's embeddings, whose equal it is in the average.
     """
 
+    slice_hed: nnx.Param
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        engram = config.engram
-        H, d, D = engram.num_rows_per_token, engram.engram_head_dim, config.hidden_size
-        self.share = engram.vocab_share
-        normal = jax.nn.initializers.normal(d**-0.5)
-        self.slice_hed = nnx.Param(
-            normal(rngs.params(), (H, d, D), jnp.float32, out_sharding=spec(None, "memory", "embed"))
-        )
+        self.share = config.engram.vocab_share
+        add_parameters(self, READERS[config.engram.engram_variant].weights(config), rngs)
 
     def __call__(self, x_BTMD: jax.Array, rows_BTHd: jax.Array, segment_ids_BT: jax.Array | None = None) -> jax.Array:
         """The same for every stream, [B, T, M, D] in `x.dtype`. Documents are kept apart by the rows' hash alone."""

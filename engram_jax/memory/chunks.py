@@ -1,7 +1,9 @@
-"""Whole tables, a chunk of rows at a time: their first values, reading and writing them, and the logical table.
+"""Whole tables, a chunk of rows at a time: filling, reading and writing them, for start, checkpoints and export.
 
-No step of training needs this. A chunk is the same local rows of every shard, so that filling, saving and restoring a
-table need the memory of a chunk beside it, wherever the table lies.
+A chunk is the same local rows of every shard. Filling, saving and restoring a table need the memory of one or two
+chunks beside it, whatever its placement. Training steps do not use this file.
+
+Legend: S shards (devices of the mesh), R local rows of a shard.
 """
 
 from __future__ import annotations
@@ -13,17 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.memory import numpy_tables, routing
+from engram_jax.memory import numpy_tables, routing, transfer
 from engram_jax.memory.description import MemoryDescription, MemoryState
 from engram_jax.memory.placements import Table
 from engram_jax.memory.table import RowInit, TableState
 
 CHUNK_ROWS = 65_536
-"""Local rows that are made at a time."""
+"""Local rows of a chunk when tables are made."""
 
 
 def new_tables(store: MemoryDescription, key: jax.Array, tables: dict[str, Table]) -> dict[str, Table]:
-    """Allocated tables filled with their first rows; what `MemoryStore.init` makes. The tables are donated."""
+    """Allocated tables filled with their first rows, for `MemoryStore.init`. The tables are donated."""
     first = jax.jit(partial(first_rows, store), static_argnames=("layer", "count"))
     for layer in store.layers:
         write = chunk_writer(store, layer)
@@ -31,12 +33,13 @@ def new_tables(store: MemoryDescription, key: jax.Array, tables: dict[str, Table
         count = min(CHUNK_ROWS, rows)
         for start in range(0, rows, count):
             chunk = first(layer_key, jnp.int32(start), layer, count)
-            tables[layer] = jax.block_until_ready(write(tables[layer], start, chunk))  # or chunks queue up in memory
+            tables[layer] = write(tables[layer], start, chunk)
+            jax.block_until_ready(tables[layer])  # otherwise chunks queue up in memory
     return tables
 
 
 def first_rows(store: MemoryDescription, key: jax.Array, start: jax.Array, layer: str, count: int) -> TableState:
-    """New local rows start .. start + count of every shard: [S * count, ...], zero where there is no row."""
+    """New local rows start .. start + count of every shard: [S * count, ...], zero in padding."""
     make = RowInit(store.config.engram_head_dim, store.init_std, store.row_dtype)
 
     def local(key: jax.Array, start: jax.Array) -> TableState:
@@ -49,7 +52,7 @@ def first_rows(store: MemoryDescription, key: jax.Array, start: jax.Array, layer
 
 
 def chunk_reader(store: MemoryDescription, count: int) -> Callable[[Table, int], TableState]:
-    """`chunk = read(table, start)`: local rows start .. start + count of every shard, as they lie [S * count, ...].
+    """`chunk = read(table, start)`: local rows start .. start + count of every shard, as stored: [S * count, ...].
 
     Rows beyond a shard's end read as zero.
     """
@@ -83,26 +86,29 @@ def filled(
     count: int = CHUNK_ROWS,
     convert: Callable[[TableState], TableState] = lambda chunk: chunk,
 ) -> Table:
-    """A table filled with `read(shard, start, count)`: local rows start .. start + count of a shard, NumPy arrays.
+    """A table filled with rows from `read`. Needs the memory of two chunks beside the table.
 
-    Rows beyond a shard's end are asked for and dropped. `convert` makes rows of this store of what was read, on the
-    devices. Needs the memory of two chunks beside the table.
+    Args:
+      read: `read(shard, start, count)` gives local rows start .. start + count of a shard, NumPy arrays. It is also
+        asked for rows beyond the shard's end, which are dropped.
+      count: local rows of a chunk.
+      convert: turns what was read into rows of this store, on the devices.
     """
-    rows, sharding = store.layouts[layer].rows_per_shard, numpy_tables.sharding_over_devices()
-    shards = numpy_tables.shards_here(sharding, store.shards)
+    rows, sharding = store.layouts[layer].rows_per_shard, transfer.sharding_over_devices()
+    shards = transfer.shards_here(sharding, store.shards)
     count = min(count, rows)
     write = chunk_writer(store, layer)
     for start in range(0, rows, count):
-        parts = [read(shard, start, count) for shard in shards]  # while the chunk before is written
-        jax.block_until_ready(table)  # reading can be the faster of the two: chunks would queue up in memory
-        table = write(table, start, convert(numpy_tables.to_devices(parts, sharding, store.shards)))
+        parts = [read(shard, start, count) for shard in shards]  # while the previous chunk is written
+        jax.block_until_ready(table)  # reading can be faster than writing: chunks would queue up in memory
+        table = write(table, start, convert(transfer.to_devices(parts, sharding, store.shards)))
     return table
 
 
 def logical_tables(
     store: MemoryDescription, state: MemoryState, step: jax.Array | int
 ) -> Mapping[str, jax.Array | np.ndarray]:
-    """What `MemoryStore.materialize` returns."""
+    """Every row after `step` updates, for `MemoryStore.materialize`: float32 [num_rows, head_dim] per layer."""
     if not store.placement.in_program:
         return numpy_tables.materialize(store, state.tables, step, CHUNK_ROWS)
 

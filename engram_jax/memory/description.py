@@ -1,7 +1,7 @@
-"""What is fixed about a memory before any row exists: its settings, how its tables are cut, what a row consists of.
+"""The static description of a memory: its settings, how its tables are cut into shards, what each row consists of.
 
-The verbs of the store (store.py), the chunks of whole tables (chunks.py) and tables outside the compiled program
-(numpy_tables.py) all stand on this description.
+The store (store.py), whole tables in chunks (chunks.py) and tables outside compiled programs (numpy_tables.py) build
+on this description.
 
 Legend: S shards, R local rows of a shard, U rows of a batch, D row width.
 """
@@ -29,7 +29,7 @@ from engram_jax.memory.table import TableLayout, TableState
 MemoryPlan = dict[str, RowPlan]
 MemoryRows = dict[str, jax.Array]
 LoadedRows = dict[str, TableState]
-"""Rows of one batch with all that is kept for them, at their owners: by layer, [S * U, ...]."""
+"""Rows of one batch with their slots and uses, on the devices that own them: by layer, [S * U, ...]."""
 
 ON_DEVICE = DevicePlacement()
 
@@ -38,14 +38,14 @@ ON_DEVICE = DevicePlacement()
 @dataclass(frozen=True)
 class MemoryState:
     tables: dict[str, Table]
-    """By Engram layer, keyed `str(layer_id)`. Empty without memory."""
+    """By Engram layer, keyed `str(layer_id)`. Empty without memory, and in programs that cannot reach the tables."""
     rows_used: dict[str, jax.Array]
-    """By layer: int32, rows that any update has touched so far."""
+    """By layer: int32 scalar, the number of rows that any update has touched so far."""
 
 
 @dataclass(frozen=True, eq=False)
 class MemoryDescription:
-    """The static half of a memory: hashable by identity, free of arrays, so that jitted functions may close over it."""
+    """The static half of a memory. It holds no arrays and hashes by identity: jitted functions may close over it."""
 
     config: EngramConfig
     token_map: TokenMap
@@ -56,14 +56,15 @@ class MemoryDescription:
     """Devices of the mesh; rows are cut over all of them."""
     init_std: float = 0.02
     row_dtype: str = "float32"
-    """bfloat16: rows are stored so and rounded stochastically when written."""
+    """Dtype of stored rows. bfloat16 rows are rounded stochastically when they are written."""
     transport: str = "all_to_all"
+    """How rows cross the mesh (transports.py)."""
     seed: int = 0
-    """Of the stochastic rounding."""
+    """Seed of the stochastic rounding."""
 
     def __post_init__(self):
         require(
-            isinstance(self.placement, DevicePlacement) or not self.optimizer.whole_table,
+            self.placement.on_device or not self.optimizer.whole_table,
             f"{type(self.optimizer).__name__} passes over the whole table at every step, so the table must lie on the "
             "device: choose memory.placement=device, or another optimizer.table_optimizer.",
         )
@@ -76,10 +77,12 @@ class MemoryDescription:
 
     @cached_property
     def layouts(self) -> dict[str, TableLayout]:
+        """By layer, which device owns which logical row."""
         return {str(i): TableLayout(self.constants.head_rows(i), self.shards) for i in self.config.engram_layer_ids}
 
     @property
     def layers(self) -> tuple[str, ...]:
+        """Keys of the Engram layers, `str(layer_id)`."""
         return tuple(self.layouts)
 
     def num_rows(self, layer: str) -> int:
@@ -98,8 +101,12 @@ class MemoryDescription:
             routing.check_mesh(layer, layout)
 
     def at_rest(self, layer: str) -> Any:
-        """What jit must be told of a table among its results: its memory and layout; None if it need not be told."""
+        """`out_shardings` of a jitted function that returns this layer's table; None: jit chooses."""
         return self.placement.at_rest(jax.sharding.get_mesh(), self._abstract_table(layer))
+
+    def tables_at_rest(self) -> dict[str, Any]:
+        """`at_rest` of all tables that a compiled program returns; empty if programs cannot reach them."""
+        return {layer: self.at_rest(layer) for layer in self.layers} if self.placement.in_program else {}
 
     def _abstract_table(self, layer: str) -> Table:
         return jax.eval_shape(partial(self._allocate, layer))
@@ -109,22 +116,24 @@ class MemoryDescription:
         return on_shards(lambda: self.placement.allocate(rows, self.row_shapes()), (), jax.P(routing.mesh_axes()))()
 
     def row_shapes(self) -> TableState:
-        """Shapes and dtypes of one row and what is kept for it: [1, ...]."""
+        """Shapes and dtypes of one row, its slots and its uses: [1, ...]."""
         rows = jax.ShapeDtypeStruct((1, self.config.engram_head_dim), self.row_dtype)
         return jax.eval_shape(self.new_rows, rows)
 
     def new_rows(self, rows_UD: jax.Array) -> TableState:
+        """Rows with the slots that the optimizer gives to new rows, and no uses."""
         return TableState(rows_UD, self.optimizer.init(rows_UD), jnp.zeros(rows_UD.shape[:1], jnp.int32))
 
     # --- shards ---
 
     def on_shards(self, function: Callable, *args: Any) -> Any:
-        """`function` of each shard's part of the arguments; scalars go to all."""
+        """`function` applied on each device to its part of the arguments; scalars are whole on every device."""
         axes = routing.mesh_axes()
         specs = tuple(jax.P() if isinstance(x, jax.Array) and x.ndim == 0 else jax.P(axes) for x in args)
         return on_shards(function, specs, jax.P(axes))(*args)
 
     def logical_rows(self, layer: str, local_U: jax.Array) -> jax.Array:
+        """Logical ids of this device's local rows, within `on_shards`; `num_rows` and above for padding."""
         axes = routing.mesh_axes()
         shard = jax.lax.axis_index(axes) if axes else 0
         return self.layouts[layer].logical(shard, local_U)

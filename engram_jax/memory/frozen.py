@@ -1,4 +1,4 @@
-"""A trained memory made ready to serve: every row as it stands, in FP8, a quarter of its float32 bytes and no slots."""
+"""A trained memory converted for serving: every row in FP8 without slots, about a quarter of its float32 bytes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ from engram_jax.memory.table import TableState
 def freeze(
     store: MemoryStore, state: MemoryState, step: jax.Array | int, placement: Placement | None = None
 ) -> tuple[MemoryStore, MemoryState]:
-    """The store and state of the same memory in FP8, its rows caught up to `step`; made in chunks, do not jit.
+    """The store and state of the same memory in FP8, with rows after `step` updates. Works in chunks: do not jit it.
 
-    `fetch` of the frozen store dequantises what it reads; nothing can be trained. `placement`: another one for the
-    frozen tables. Call under the mesh of the store, if it has one.
+    `fetch` of the frozen store dequantises the rows that it reads. Frozen rows cannot be trained. Call under the mesh
+    of the store, if it has one.
+
+    Args:
+      step: updates that the state has had, an int32 scalar.
+      placement: the placement of the frozen tables. None: the store's own.
 
     Raises:
-      ConfigError: the width of a row is not a multiple of 32, or the store's tables lie in the files of a folder, and
-        `placement` names no other.
+      ConfigError: the width of a row is not a multiple of 32, or both stores would keep their tables in one folder.
     """
-    folder = getattr(store.placement, "mmap_dir", "")
+    folder = store.placement.folder
     require(
-        not folder or getattr(placement or store.placement, "mmap_dir", "") != folder,
+        not folder or (placement or store.placement).folder != folder,
         f"memory.mmap_dir={folder!r} holds the tables that are to be frozen: give `placement=` another folder.",
     )
     frozen = replace(store, optimizer=FrozenFP8(), row_dtype=CODE.dtype.name, placement=placement or store.placement)

@@ -27,6 +27,7 @@ import numpy as np
 
 from engram_jax.config import EngramConfig, require
 from engram_jax.memory.compression import TokenMap
+from engram_jax.registries import HASHES, READERS
 
 INT64_MAX = 2**63 - 1
 INT31_MAX = 2**31 - 1
@@ -95,26 +96,27 @@ class HashVariant:
 DEEPSEEK = HashVariant(
     compresses_ids=True, multipliers=odd_multipliers(pcg64_draw), seeds_by_position=False, resets_at_pad=False
 )
-VARIANTS: dict[str, HashVariant] = {
-    "paper": DEEPSEEK,
-    "deepseek_v41": DEEPSEEK,
-    "qwen_ple": HashVariant(
-        compresses_ids=False, multipliers=odd_multipliers(splitmix64_draw), seeds_by_position=True, resets_at_pad=True
-    ),
-    "over_encoding": HashVariant(
-        compresses_ids=False,
-        multipliers=powers,
-        seeds_by_position=False,
-        resets_at_pad=False,
-        combine=operator.add,
-        pads_with_zero=True,
-    ),
-}
+QWEN = HashVariant(
+    compresses_ids=False, multipliers=odd_multipliers(splitmix64_draw), seeds_by_position=True, resets_at_pad=True
+)
+OVER_ENCODING = HashVariant(
+    compresses_ids=False,
+    multipliers=powers,
+    seeds_by_position=False,
+    resets_at_pad=False,
+    combine=operator.add,
+    pads_with_zero=True,
+)
+
+
+def hash_of(reader: str) -> HashVariant:
+    """The hash of the reader that `engram_variant` names."""
+    return HASHES[READERS[reader].hash]
 
 
 def compresses_ids(config: EngramConfig) -> bool:
     """Whether a model hashes canonical ids, and so needs its tokenizer's map (`TokenMap.from_tokenizer`)."""
-    return VARIANTS[config.engram_variant].compresses_ids and "compression" not in config.engram_without
+    return hash_of(config.engram_variant).compresses_ids and "compression" not in config.engram_without
 
 
 # --- constants ---
@@ -140,7 +142,7 @@ class HashConstants:
     """[layer][N - 1][K]: rows of each head."""
 
     def __post_init__(self):
-        require(self.variant in VARIANTS, f"variant={self.variant!r} is not one of {', '.join(VARIANTS)}.")
+        require(self.variant in READERS, f"variant={self.variant!r} is not one of {', '.join(READERS)}.")
         require(0 <= self.pad_id < self.vocab_size, f"pad_id={self.pad_id} is not one of {self.vocab_size} ids.")
         for layer_id, multipliers in zip(self.layer_ids, self.multipliers, strict=True):
             require(
@@ -189,7 +191,7 @@ def hash_constants(config: EngramConfig, token_map: TokenMap) -> HashConstants:
       ConfigError: a pad id outside the vocabulary, a compressed map for a config that hashes raw ids, or too many
         rows for int32 row ids.
     """
-    variant = VARIANTS[config.engram_variant]
+    variant = hash_of(config.engram_variant)
     require(
         compresses_ids(config) or token_map == TokenMap.identity(token_map.vocab_size),
         f"engram_variant={config.engram_variant!r} with engram_without={config.engram_without} hashes raw token ids: "
@@ -328,7 +330,7 @@ def _row_ids(
     xp: ModuleType, constants: HashConstants, layer_id: int, token_ids: Any, segment_ids: Any, with_offsets: bool
 ) -> Any:
     """The one definition, in NumPy or jax.numpy (`xp`); elementwise along all dims but T."""
-    layer, variant = constants.layer_ids.index(layer_id), VARIANTS[constants.variant]
+    layer, variant = constants.layer_ids.index(layer_id), hash_of(constants.variant)
     reset_id = constants.pad_id if variant.resets_at_pad else -1  # -1 blocks in any case
     offsets = np.reshape(constants.offsets(layer_id), np.shape(constants.primes[layer]))
     ids = token_ids.astype(xp.int64)

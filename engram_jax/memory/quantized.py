@@ -8,13 +8,14 @@ Legend: R rows, D row width, a multiple of 32; K = D / 32 blocks of a row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import ConfigError, OptimizerConfig, require
+from engram_jax.memory.row_optimizers.base import RowOptimizer
 from engram_jax.memory.table import Slots
 
 BLOCK = 32
@@ -87,14 +88,14 @@ def unpack(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @dataclass(frozen=True)
-class FrozenFP8:
+class FrozenFP8(RowOptimizer):
     """The rule of rows that are only read: a table's rows are codes, its slot `scale` holds the scale bytes.
 
     A quantised table is so an ordinary TableState, whatever its placement. No choice of `table_optimizer`: FP8 rows
     cannot be trained.
     """
 
-    whole_table: bool = field(default=False, init=False)
+    moves_rows = False
 
     @classmethod
     def create(cls, config: OptimizerConfig, learning_rates: np.ndarray) -> FrozenFP8:

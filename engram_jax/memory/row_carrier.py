@@ -1,4 +1,4 @@
-"""Rows of tables outside the compiled program, carried in and out on a thread beside the training step."""
+"""Rows of tables outside compiled programs, carried to and from the devices on a thread beside the training step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from engram_jax.memory.store import MemoryStore
 
 
 class RowCarrier:
-    """Carries rows for a training loop on a thread of its own, so that no step waits for the tables.
+    """Carries rows for a training loop on its own thread, so that no step waits for the tables.
 
-    For each batch, in this order: `load`, then `read_ahead` of the next batch, the step, `save`. The thread does one
-    thing after another, as they were asked for:
+    The loop calls for each batch, in this order: `load`, `read_ahead` for the next batch, the step, `save`. The thread
+    does one thing at a time, in the order of the calls:
 
-        step t computes        rows of t+1 are gathered   (the tables lack the update of t)
-        step t is done         rows of t are written
-        load(t+1)              rows of t+1 that t changed are replaced by t's, on the device: the same bits
+        step t computes        the thread reads the rows of batch t+1   (the tables lack the update of step t)
+        step t is done         the thread writes the rows of batch t
+        load(t+1)              rows of batch t+1 that step t changed are replaced on the device: the same bits
 
-    If the thread fails, the next call and every one after it raises what it raised; the tables are then of no use.
+    If the thread fails, the next call and every later one raises its exception; the tables are then useless.
     """
 
     def __init__(self, store: MemoryStore, reads_ahead: bool):
@@ -33,7 +33,7 @@ class RowCarrier:
         self._writes: deque[Future[None]] = deque()
         self._early: tuple[MemoryPlan, Future[LoadedRows]] | None = None
         self._newer: list[tuple[MemoryPlan, LoadedRows]] = []
-        """Rows saved since the early ones were asked for."""
+        """Rows saved since the early rows were asked for."""
 
     def load(self, tables: Tables, plan: MemoryPlan) -> LoadedRows:
         """The plan's rows after every update saved so far. Call under the run's mesh."""
@@ -49,12 +49,12 @@ class RowCarrier:
         return loaded
 
     def read_ahead(self, tables: Tables, plan: MemoryPlan) -> None:
-        """Starts to gather the rows that the next `load` will ask for. Does nothing without `reads_ahead`."""
+        """Starts to read the rows that the next `load` will ask for. Does nothing without `reads_ahead`."""
         if self._reads_ahead:
             self._early, self._newer = (plan, self._worker.submit(numpy_tables.load, self._store, tables, plan)), []
 
     def save(self, tables: Tables, plan: MemoryPlan, loaded: LoadedRows) -> None:
-        """Starts to write rows, as soon as the devices have them. They must not be donated to anything."""
+        """Starts to write rows, as soon as the devices have computed them. Do not donate them to any program."""
         self._raise_failure()
         jax.tree.map(lambda x: x.copy_to_host_async(), loaded)
         self._writes.append(self._worker.submit(self._write, tables, plan, loaded))
@@ -64,11 +64,11 @@ class RowCarrier:
     def settle(self) -> None:
         """Waits until every update has reached the tables."""
         while self._writes:
-            self._writes[0].result()  # a failed one stays, to be raised again
+            self._writes[0].result()  # a failed write stays in the queue, so that every later call raises it again
             self._writes.popleft()
 
     def close(self) -> None:
-        """Ends the thread once it has done what it was asked. Raises nothing: `settle` says whether that went well."""
+        """Ends the thread after its last task. Raises nothing: call `settle` first to learn whether a task failed."""
         self._worker.shutdown()
 
     def _write(self, tables: Tables, plan: MemoryPlan, loaded: LoadedRows) -> None:
@@ -76,8 +76,8 @@ class RowCarrier:
             numpy_tables.save(self._store, tables, plan, loaded)
         except Exception as error:
             error.add_note(
-                "Raised while updated rows were written to the tables (memory.placement=numpy). Some of them may be "
-                "written and some not: go on from the last checkpoint."
+                "Raised while updated rows were written to tables outside the compiled program. Some rows may be "
+                "written and others not: continue from the last checkpoint."
             )
             raise
 

@@ -1,20 +1,23 @@
-"""MemoryStore: the tables of all Engram layers, how they are addressed, where they lie, and who updates them.
+"""MemoryStore: the tables of all Engram layers, and the operations that read and update their rows.
 
-    state = store.init(key)                             tables at birth, sharded
+    state = store.init(key)                             new tables, sharded
     plan  = store.plan(token_ids, segment_ids)          who reads which rows, a pure function of tokens
-    rows  = store.fetch(state, plan, step)              what the readers see: [batch, seq, heads, head_dim] per layer
+    rows  = store.fetch(state, plan, step)              rows for the readers: [batch, seq, heads, head_dim] per layer
     grads = store.reduce(plan, row_grads)               one summed gradient per distinct row, at its owner
     state = store.update(state, plan, grads, step)      the plan's rows only (donate the state)
     table = store.materialize(state, step)              the logical tables, for export and tests
 
-`fetch` and `update` are made of steps that a training step takes one by one, so that rows are read once and the next
-batch's can be read early: `loaded = load(state, plan)`, `rows(loaded, plan, step)`,
-`loaded = advance(loaded, plan, grads, step)`, `state = save(state, plan, loaded)`, and `patch` for rows that were read
-before the update of the batch before.
+A training step calls the parts of `fetch` and `update` one by one, so that it reads each row once and can read the next
+batch's rows early:
 
-Beside it: hashing.py says which rows a token reads, table.py where they are, routing.py how they travel,
-placements/ which memory holds them, row_optimizers/ how they move. The store holds no device arrays: it can be closed
-over by any jitted function.
+    loaded = store.load(state, plan)                    rows with their slots and uses, at their owners
+    rows   = store.rows(loaded, plan, step)             rows for the readers
+    loaded = store.advance(loaded, plan, grads, step)   rows and slots after the update
+    state  = store.save(state, plan, loaded)            written back
+    early  = store.patch(early, next_plan, loaded, plan)    rows read before `save`, as if read after it
+
+Related files: hashing.py (which rows a token reads), table.py (which device owns a row), routing.py (how rows cross the
+mesh), placements/ (which memory holds them), row_optimizers/ (how they move).
 """
 
 from __future__ import annotations
@@ -44,29 +47,37 @@ from engram_jax.sharding import MESH_AXES, spec
 
 @dataclass(frozen=True, eq=False)
 class MemoryStore(MemoryDescription):
-    """All tables of a model and the verbs that read and update them. See the module's docstring for its use."""
+    """The tables of a model and the operations on them; the module's docstring shows its use.
+
+    It holds no device arrays: any jitted function may close over it.
+    """
 
     @classmethod
     def create(cls, config: EngramConfig, token_map: TokenMap, optimizer: RowOptimizer, **settings: Any) -> MemoryStore:
-        """The store of a config; `settings` are the fields from `placement` on."""
+        """The store of a config. `settings`: fields of `MemoryDescription` from `placement` on."""
         return cls(config, token_map, hash_constants(config, token_map), optimizer, **settings)
 
     # --- tables ---
 
     def init(self, key: jax.Array) -> MemoryState:
-        """Rows from N(0, init_std); the paper leaves their initialisation open. Made in chunks: do not jit this call.
+        """New tables with rows from N(0, init_std). Works in chunks: do not jit this call.
 
-        A row's first value is a function of the key, its layer and its logical id: the same on every mesh.
+        The paper does not say how rows are initialised. A row's first value is a function of the key, its layer and
+        its logical id: the same on every mesh.
         """
         return MemoryState(chunks.new_tables(self, key, self.allocate()), self.none_used())
 
     def materialize(self, state: MemoryState, step: jax.Array | int) -> Mapping[str, jax.Array | np.ndarray]:
-        """Every row as it stands after `step` updates, in logical order: float32 [num_rows, head_dim] per layer."""
+        """Every row after `step` updates, in logical order: float32 [num_rows, head_dim] per layer."""
         self.check_mesh()
         return chunks.logical_tables(self, state, step)
 
     def allocate(self) -> dict[str, Table]:
-        """Tables of zeros. Raises `ConfigError` if they are cut for another mesh, or a device has no room for them."""
+        """Tables of zeros.
+
+        Raises:
+          ConfigError: the store is built for another number of devices, or the tables do not fit.
+        """
         self.check_mesh()
         if not self.placement.in_program:
             return numpy_tables.allocate(self)
@@ -77,13 +88,12 @@ class MemoryStore(MemoryDescription):
         }
 
     def abstract_state(self) -> MemoryState:
-        """Shapes, dtypes and shardings of the state."""
-        if not self.placement.in_program:
-            return MemoryState(numpy_tables.abstract_tables(self), jax.eval_shape(self.none_used))
-        return MemoryState({la: self._abstract_table(la) for la in self.layers}, jax.eval_shape(self.none_used))
+        """Shapes, dtypes and shardings of the state in a compiled program."""
+        tables = {la: self._abstract_table(la) for la in self.layers} if self.placement.in_program else {}
+        return MemoryState(tables, jax.eval_shape(self.none_used))
 
     def none_used(self) -> dict[str, jax.Array]:
-        """`rows_used` of new tables."""
+        """`rows_used` of new tables: zero for each layer."""
         return {layer: jnp.zeros((), jnp.int32) for layer in self.layers}
 
     # --- addressing ---
@@ -94,10 +104,14 @@ class MemoryStore(MemoryDescription):
         segment_ids_BT: jax.Array | None = None,
         capacities: Mapping[str, Capacity] | None = None,
     ) -> MemoryPlan:
-        """Rows each position reads. `segment_ids` (0 = padding) end the n-gram windows at document boundaries.
+        """The rows that each position reads.
 
-        Without `capacities` no batch can overflow them, but the blocks that travel are as large as the batch; with
-        them, a plan whose `need` exceeds them must be made again (see `fits`).
+        Args:
+          token_ids_BT: int32 [B, T], raw token ids.
+          segment_ids_BT: int32 [B, T], the document of each token, 0 for padding: n-gram windows end at documents'
+            boundaries. None: every row is one document.
+          capacities: sizes of the blocks that cross the mesh, by layer. A plan whose `need` exceeds them must be made
+            again (see `fits`). None: blocks as large as the batch, which no batch can overflow.
         """
         if self.config.engram_cross_documents:
             segment_ids_BT = None
@@ -110,17 +124,17 @@ class MemoryStore(MemoryDescription):
         return self.plan_ids(ids, capacities)
 
     def plan_ids(self, ids: Mapping[str, jax.Array], capacities: Mapping[str, Capacity] | None = None) -> MemoryPlan:
-        """The plan of given logical row ids, int32 [B, T, H] per layer. See `check` for ids that are no rows."""
+        """The plan of given logical row ids, int32 [B, T, H] per layer. `plan.check` finds ids outside the tables."""
         return routing.plan_rows(ids, self.layouts, capacities, self.transport)
 
     # --- one step ---
 
     def fetch(self, state: MemoryState, plan: MemoryPlan, step: jax.Array | int) -> MemoryRows:
-        """Rows as they stand after `step` updates: float32 [batch, seq, heads, head_dim] per Engram layer."""
+        """The plan's rows after `step` updates: float32 [batch, seq, heads, head_dim] per Engram layer."""
         return self.rows(self.load(state, plan), plan, step)
 
     def load(self, state: MemoryState, plan: MemoryPlan) -> LoadedRows:
-        """The plan's rows and their optimizer rows as they lie in the tables, on the devices of their owners."""
+        """The plan's rows with their slots and uses as the tables hold them, on the devices of their owners."""
         if not self.placement.in_program:
             return numpy_tables.load(self, state.tables, plan)
         return {
@@ -129,7 +143,7 @@ class MemoryStore(MemoryDescription):
         }
 
     def rows(self, loaded: LoadedRows, plan: MemoryPlan, step: jax.Array | int) -> MemoryRows:
-        """What the readers see of loaded rows."""
+        """Loaded rows after `step` updates, sent to the positions that read them: shapes of `fetch`."""
 
         def read(loaded: TableState, step: jax.Array) -> jax.Array:
             return self.optimizer.read(loaded.rows, loaded.slots, step)[0]
@@ -138,7 +152,10 @@ class MemoryStore(MemoryDescription):
         return routing.send_rows(owned, plan, self.transport)
 
     def reduce(self, plan: MemoryPlan, row_grads: MemoryRows) -> dict[str, jax.Array]:
-        """Sums the gradients of repeated rows: [S * U, head_dim] per layer, zero in unused places."""
+        """The summed gradient of each distinct row, at its owner: [S * U, head_dim] per layer, zero in unused places.
+
+        `row_grads`: gradients of what `fetch` returned.
+        """
         return routing.collect_grads(row_grads, plan, self.transport)
 
     def update(
@@ -149,9 +166,9 @@ class MemoryStore(MemoryDescription):
         step: jax.Array | int,
         loaded: LoadedRows | None = None,
     ) -> MemoryState:
-        """Update number `step + 1`, with gradients from `reduce`. Writes the plan's rows and nothing else.
+        """The state after update number `step + 1`, with gradients from `reduce`. Writes the plan's rows only.
 
-        `loaded` saves reading the rows again. A rule that needs the whole table (Sinkhorn) writes all of it.
+        `loaded`: the plan's rows, if they are loaded already. A row optimizer with `whole_table` writes every row.
         """
         if self.optimizer.whole_table:
             return self._update_tables(state, plan, grads, step)
@@ -160,15 +177,16 @@ class MemoryStore(MemoryDescription):
     def advance(
         self, loaded: LoadedRows, plan: MemoryPlan, grads: Mapping[str, jax.Array], step: jax.Array | int
     ) -> LoadedRows:
-        """Loaded rows after update number `step + 1`."""
+        """Loaded rows, slots and uses after update number `step + 1`, with gradients from `reduce`."""
 
         def one_table(layer: str) -> Callable:
             def local(loaded: TableState, owned_U: jax.Array, grads_UD: jax.Array, step: jax.Array) -> TableState:
                 rows_UD, slots = self.optimizer.read(loaded.rows, loaded.slots, step)
                 rows_UD, slots = self.optimizer.update(rows_UD, slots, grads_UD, step)
                 moved = TableState(self._stored(layer, rows_UD, owned_U, step), slots, loaded.uses + 1)
-                # Unused places stay as they were loaded. And all that is written now depends on what was read there:
-                # where it does not (last_step), nothing says which comes first, and XLA copies the whole table.
+                # Unused places stay as they were loaded. This also makes every array that is written depend on the
+                # array that was read: otherwise (last_step) XLA does not know that the reading comes first, and
+                # copies the whole table.
                 is_row_U = owned_U < self.layouts[layer].rows_per_shard
                 return jax.tree.map(lambda new, old: _where(is_row_U, new, old), moved, loaded)
 
@@ -180,7 +198,7 @@ class MemoryStore(MemoryDescription):
         }
 
     def save(self, state: MemoryState, plan: MemoryPlan, loaded: LoadedRows) -> MemoryState:
-        """The state with these rows written back."""
+        """The state with these rows written back, and the rows that this update was the first to touch counted."""
         if self.placement.in_program:
             tables = {
                 layer: self.on_shards(self.placement.put, state.tables[layer], p.owned_U, loaded[layer])
@@ -191,7 +209,8 @@ class MemoryStore(MemoryDescription):
         return MemoryState(tables, self._count_new(state, plan, {layer: h.uses for layer, h in loaded.items()}))
 
     def patch(self, early: LoadedRows, early_plan: MemoryPlan, loaded: LoadedRows, plan: MemoryPlan) -> LoadedRows:
-        """`early`, loaded before `loaded` was saved, as it would be if loaded after: the same bits."""
+        """`early`, which was loaded before `loaded` was saved, with the rows that `loaded` changed: the same bits as if
+        it were loaded now."""
 
         def local(early: TableState, early_U: jax.Array, loaded: TableState, owned_U: jax.Array) -> TableState:
             place_U = jnp.minimum(jnp.searchsorted(owned_U, early_U), len(owned_U) - 1)
@@ -204,27 +223,26 @@ class MemoryStore(MemoryDescription):
         }
 
     def promote(self, state: MemoryState, plan: MemoryPlan) -> MemoryState:
-        """The state with rows that the plan reads moved to the fast tier, as the placement sees fit: the same values.
+        """The state with rows that the plan reads moved to the fast tier (`Placement.promote`): the same values.
 
-        Only a placement that has tiers can. Donate the state, and tell jit where the tables lie (`at_rest`).
+        For placements with `has_tiers`. Donate the state, and give jit `tables_at_rest` as `out_shardings`.
         """
         tables = {
-            layer: self.on_shards(self.placement.promote, state.tables[layer], p.owned_U)  # type: ignore[attr-defined]
-            for layer, p in plan.items()
+            layer: self.on_shards(self.placement.promote, state.tables[layer], p.owned_U) for layer, p in plan.items()
         }
         return MemoryState(tables, state.rows_used)
 
     def hit_rate(self, state: MemoryState, plan: MemoryPlan) -> dict[str, jax.Array]:
-        """By layer, the share of the distinct rows owners must read that lie in the fast tier: float32 scalars.
+        """By layer, the share of the plan's distinct rows that lie in the fast tier: float32 scalars.
 
-        NaN if no lookup is a row. Only a placement that has tiers can say.
+        NaN if the plan reads no row. For placements with `has_tiers`.
         """
         axes = routing.mesh_axes()
 
         def one_table(layer: str) -> Callable:
             def local(table: Table, owned_U: jax.Array) -> jax.Array:
                 asked = jnp.sum(owned_U < self.layouts[layer].rows_per_shard, dtype=jnp.float32)
-                hits = jnp.where(asked > 0, self.placement.hit_rate(table, owned_U) * asked, 0.0)  # type: ignore[attr-defined]
+                hits = jnp.where(asked > 0, self.placement.hit_rate(table, owned_U) * asked, 0.0)
                 if axes:
                     hits, asked = jax.lax.psum((hits, asked), axes)
                 return hits / asked
@@ -248,7 +266,7 @@ class MemoryStore(MemoryDescription):
                 is_row_R = self.logical_rows(layer, local_R) < self.num_rows(layer)
                 zeros_RD = jnp.zeros(table.rows.shape, jnp.float32)
                 grads_RD = zeros_RD.at[owned_U].add(grads_UD, mode="drop")
-                rows_RD, slots = self.optimizer.update_table(table.rows, table.slots, grads_RD, step, is_row_R, total)  # type: ignore[attr-defined]
+                rows_RD, slots = self.optimizer.update_table(table.rows, table.slots, grads_RD, step, is_row_R, total)
                 uses_R = table.uses.at[owned_U].add(1, mode="drop")
                 table = TableState(self._stored(layer, rows_RD, local_R, step), slots, uses_R)
                 return self.placement.put(packed, local_R, table)
@@ -263,7 +281,7 @@ class MemoryStore(MemoryDescription):
         return MemoryState(tables, self._count_new(state, plan, uses))
 
     def _stored(self, layer: str, rows_UD: jax.Array, local_U: jax.Array, step: jax.Array) -> jax.Array:
-        """Rows as the table keeps them. The noise of the rounding depends on step, layer and logical row alone."""
+        """Rows in the dtype of the table. The noise of the rounding depends on step, layer and logical row alone."""
         if self.row_dtype == "float32":
             return rows_UD
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), int(layer)), step)
@@ -275,7 +293,7 @@ class MemoryStore(MemoryDescription):
 
     @cached_property
     def _counter(self) -> Callable[..., dict[str, jax.Array]]:
-        """Rows used so far and those that this update was the first to touch. Compiled once, for use outside jit."""
+        """Counts the rows used after an update. Compiled once, for use outside jit."""
 
         def count(rows_used: dict[str, jax.Array], owned: dict[str, jax.Array], uses: dict[str, jax.Array]) -> dict:
             axes = routing.mesh_axes()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,23 +19,23 @@ from engram_jax.optimizers.muon import scale_by_muon
 from engram_jax.optimizers.roles import ROLES, Role
 
 
-def parameter_roles(params: Any) -> Any:
+def parameter_roles(params: Any, roles: Mapping[str, Role] = ROLES) -> Any:
     """Tree of `Role` shaped like `params`.
 
     Raises:
-      ValueError: a leaf whose name is not in the table, by its path and the nearest known name.
+      ValueError: `roles` does not name a leaf; the message has its path and the nearest known name.
     """
 
     def role(path: tuple[Any, ...], _: Any) -> Role:
         # A flax Variable is a node of its own, so the name may stand one above the leaf.
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         name = names[-1] if names else ""
-        if name not in ROLES:
-            near = difflib.get_close_matches(str(name), ROLES, n=1)
+        if name not in roles:
+            near = difflib.get_close_matches(str(name), roles, n=1)
             hint = f" (nearest: {near[0]})" if near else ""
             where = jax.tree_util.keystr(path)
-            raise ValueError(f"parameter {where} has no role: add {name!r} to engram_jax/optimizers/roles.py{hint}.")
-        return ROLES[name]
+            raise ValueError(f"parameter {where} has no role: declare {name!r} as optimizers/roles.py says{hint}.")
+        return roles[name]
 
     return jax.tree_util.tree_map_with_path(role, params)
 
@@ -63,17 +63,19 @@ def is_frozen(params: Any, patterns: Sequence[str]) -> Any:
 
 
 def make_optimizer(
-    config: OptimizerConfig, schedule: optax.Schedule, params: Any
+    config: OptimizerConfig, schedule: optax.Schedule, params: Any, roles: Mapping[str, Role] = ROLES
 ) -> optax.GradientTransformationExtraArgs:
     """The backbone's optimizer for parameters like `params` (arrays or shapes, nested dicts by leaf name).
 
+    roles: by leaf name, those of a model from `optimizers.roles.roles`.
+
     Raises:
-      ValueError: a parameter that roles.py does not name.
-      ConfigError: `config.frozen` has a pattern that matches none.
+      ValueError: `roles` does not name a parameter.
+      ConfigError: `config.frozen` has a pattern that matches no parameter.
     """
-    roles = parameter_roles(params)
+    tree_of_roles = parameter_roles(params, roles)
     frozen = is_frozen(params, config.frozen)
-    groups = jax.tree.map(lambda role, rests: "frozen" if rests else role.kind, roles, frozen)
+    groups = jax.tree.map(lambda role, rests: "frozen" if rests else role.kind, tree_of_roles, frozen)
 
     def adamw(weight_decay: float) -> optax.GradientTransformation:
         return optax.adamw(schedule, config.adam_b1, config.adam_b2, config.adam_eps, weight_decay=weight_decay)
@@ -82,7 +84,7 @@ def make_optimizer(
     if config.matrix_optimizer == "muon":
         # partition hands a group its own leaves and MaskedNode for the others.
         matrix_roles = jax.tree.map(
-            lambda role, group: role if group == "matrix" else optax.MaskedNode(), roles, groups
+            lambda role, group: role if group == "matrix" else optax.MaskedNode(), tree_of_roles, groups
         )
         matrix = optax.chain(
             scale_by_muon(config.muon_momentum, config.muon_update_rms, matrix_roles, config.muon_steps),

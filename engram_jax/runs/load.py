@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 
-from engram_jax.config import RunConfig, replace
+from engram_jax.config import RunConfig, replace, require
 from engram_jax.data.tokenizer import load_tokenizer
 from engram_jax.errors import RunError
+from engram_jax.memory.placements import in_program_placements
+from engram_jax.registries import PLACEMENTS
 from engram_jax.runs.checkpoint import Checkpoints
 from engram_jax.runs.parts import Parts, assemble
 from engram_jax.runs.run_folder import check_readable
@@ -67,16 +69,25 @@ def for_use(config: RunConfig, mesh: Mapping[str, int] | None = None, placement:
 
     Args:
       mesh: devices on the mesh axes, `{"tensor": 4}`. None: one device.
-      placement: where the tables lie. Empty: as in training, `host` for tiered and numpy, which programs cannot reach.
+      placement: which memory holds the tables, a name in `registries.PLACEMENTS` whose tables programs can reach.
+        Empty: as in training, or the placement that the training placement names for this (`serving_placement`).
+
+    Raises:
+      ConfigError: there is no such placement, or programs cannot reach its tables.
     """
-    inside = {"tiered": "host", "numpy": "host"}.get(config.memory.placement, config.memory.placement)
+    placement = placement or PLACEMENTS[config.memory.placement].serving_placement or config.memory.placement
+    require(
+        PLACEMENTS[placement].in_program,
+        f"memory.placement={placement}: a program without a trainer cannot reach these tables. Choose one of "
+        f"{', '.join(in_program_placements())}.",
+    )
     sizes = dict.fromkeys(MESH_AXES, 1) | dict(mesh or {})
     return replace(
         config,
         **{f"train__mesh_{axis}": size for axis, size in sizes.items()},
         train__grad_accum=1,
         data__batch_size=math.prod(sizes[axis] for axis in BATCH),
-        memory__placement=placement or inside,
+        memory__placement=placement,
         memory__mmap_dir="",
     )
 

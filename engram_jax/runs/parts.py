@@ -20,12 +20,12 @@ from engram_jax.config import ConfigError, RunConfig, replace, require
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.description import MemoryState
 from engram_jax.memory.hashing import compresses_ids
-from engram_jax.memory.placements import PLACEMENTS
-from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryStore
 from engram_jax.model import Model, named_key, split
 from engram_jax.optimizers.groups import make_optimizer
+from engram_jax.optimizers.roles import roles
 from engram_jax.optimizers.schedules import learning_rate, learning_rates
+from engram_jax.registries import ATTENTION, PLACEMENTS, READERS, ROW_OPTIMIZERS
 from engram_jax.runs.state import TrainState
 from engram_jax.sharding import BATCH, make_mesh, spec
 from engram_jax.transports import default_transport
@@ -110,7 +110,8 @@ def assemble(config: RunConfig, tokenizer: Tokenizer, devices: Sequence[Any] | N
     with jax.set_mesh(mesh):
         abstract = nnx.eval_shape(lambda: Model(config.model, jax.random.key(0)))
         graphdef, params, _ = split(abstract)
-    return Parts(config, mesh, store, graphdef, make_optimizer(optimizer, schedule, params), schedule)
+    transformation = make_optimizer(optimizer, schedule, params, roles(config.model))
+    return Parts(config, mesh, store, graphdef, transformation, schedule)
 
 
 def _mesh(config: RunConfig, devices: Sequence[Any] | None) -> Mesh:
@@ -135,13 +136,10 @@ def _mesh(config: RunConfig, devices: Sequence[Any] | None) -> Mesh:
         "grad_accum, use fewer devices, or give some to train.mesh_context or train.mesh_tensor.",
     )
     moe = model.moe
-    kv_heads = model.attention.num_key_value_heads if model.attention.kind == "gqa" else 0
     for field, size, axes in (
         ("model.hidden_size", model.hidden_size, ("fsdp", "expert", "context")),
         ("data.seq_len", config.data.seq_len, ("context", "tensor")),
         ("model.vocab_size", model.vocab_size, ("tensor",)),
-        ("model.attention.num_attention_heads", model.attention.num_attention_heads, ("tensor",)),
-        ("model.attention.num_key_value_heads", kv_heads, ("tensor",)),
         ("model.moe.moe_intermediate_size", moe.moe_intermediate_size if moe.enabled else 0, ("tensor",)),
         ("model.intermediate_size", model.intermediate_size, ("tensor",)),
     ):
@@ -154,13 +152,9 @@ def _mesh(config: RunConfig, devices: Sequence[Any] | None) -> Mesh:
         f"model.moe.n_routed_experts={moe.n_routed_experts} over train.mesh_expert={train.mesh_expert} leaves {idle} "
         "places for experts idle, and an eighth of the experts is the most: choose a factor of it, or nearly one.",
     )
-    engram = model.engram
-    reach = max(engram.engram_kernel_size - 1, 0) * engram.engram_max_ngram_size if engram.enabled else 0
-    require(
-        config.data.seq_len // train.mesh_context >= reach,
-        f"data.seq_len={config.data.seq_len} over train.mesh_context={train.mesh_context} leaves pieces shorter than "
-        f"the {reach} positions that the short convolution looks back: lower mesh_context.",
-    )
+    ATTENTION[model.attention.kind].check_mesh(model.attention, mesh.shape)
+    if model.engram.enabled:
+        READERS[model.engram.engram_variant].check_mesh(model.engram, config.data.seq_len, mesh.shape)
     require(
         train.mesh_expert == 1 or moe.enabled,
         f"train.mesh_expert={train.mesh_expert}, but the model has no experts: give these devices to train.mesh_fsdp.",

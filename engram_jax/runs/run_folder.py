@@ -10,9 +10,10 @@ from engram_jax.config import ConfigError, RunConfig, differences, from_dict, to
 from engram_jax.data.loader import TextData
 from engram_jax.distributed import exchange, is_first
 from engram_jax.errors import RunError
+from engram_jax.files import write_json
 from engram_jax.memory import hashing
 from engram_jax.runs.parts import Parts
-from engram_jax.runs.settings import check_config, write_json
+from engram_jax.runs.settings import check_config
 from engram_jax.version import __version__
 
 FORMAT = 1

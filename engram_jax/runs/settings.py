@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from engram_jax.config import ConfigError, RunConfig, differences, from_dict
 from engram_jax.errors import RunError
@@ -61,10 +60,3 @@ def check_config(ours: RunConfig, theirs: RunConfig, whose: str) -> None:
             f"{whose} with other settings ({'; '.join(changed)}). "
             "Give this one its own --run_dir, or delete that folder to start again."
         )
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Atomic."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)

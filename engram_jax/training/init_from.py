@@ -37,6 +37,7 @@ from engram_jax.errors import RunError
 from engram_jax.memory.description import MemoryState
 from engram_jax.memory.table_index import TableFileError
 from engram_jax.model import Model, Segment, named_key, segments, split
+from engram_jax.registries import ROW_OPTIMIZERS
 from engram_jax.runs import load, run_folder, settings
 from engram_jax.runs.checkpoint import Checkpoints
 from engram_jax.runs.parts import Parts, assemble
@@ -90,9 +91,10 @@ def find_source(config: RunConfig) -> Source:
         f"{named} has no checkpoint yet: let that run reach its first one.",
     )
     _check_model(config, theirs, named)
+    rule = config.optimizer.table_optimizer
     require(
-        theirs.model.engram.enabled or not config.model.engram.enabled or config.optimizer.table_optimizer != "frozen",
-        f"optimizer.table_optimizer=frozen, but {named} has no memory: new tables are zero and would stay so.",
+        theirs.model.engram.enabled or not config.model.engram.enabled or ROW_OPTIMIZERS[rule].moves_rows,
+        f"optimizer.table_optimizer={rule}, but {named} has no memory: new tables are zero and would stay so.",
     )
     return Source(run_dir, theirs)
 

@@ -17,10 +17,10 @@ from engram_jax.data.ngram_frequency import NgramCounts
 from engram_jax.data.repeats import repeats_line
 from engram_jax.distributed import is_first
 from engram_jax.errors import FINISHED, RunError
+from engram_jax.files import write_json
 from engram_jax.runs import load, run_folder, settings
 from engram_jax.runs.checkpoint import Checkpoints
 from engram_jax.runs.parts import Parts, assemble
-from engram_jax.runs.settings import write_json
 from engram_jax.runs.state import Batch, TrainState
 from engram_jax.training import init_from
 from engram_jax.training.feed import Feed, on_host

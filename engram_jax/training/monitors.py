@@ -31,10 +31,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from engram_jax.layers.engram import RecordingReader
+from engram_jax.layers.reader import RecordingReader
 from engram_jax.memory import routing
 from engram_jax.memory.description import LoadedRows, MemoryPlan, MemoryRows
-from engram_jax.memory.table import TableState
 from engram_jax.runs.parts import Parts
 from engram_jax.runs.state import Batch, TrainState
 from engram_jax.sharding import spec
@@ -69,10 +68,12 @@ def make_monitor(parts: Parts) -> Callable[..., Metrics]:
             if layer in gates:
                 spread = gate_spread(gates[layer], seen_BT, real_BT)
                 numbers |= {f"gate_{layer}/{name}": x for name, x in spread.items()}
-            if "last_step" in loaded[layer].slots:
-                numbers |= {f"staleness_{layer}/{name}": x for name, x in staleness(loaded[layer], state.step).items()}
+            last_U = store.optimizer.last_updates(loaded[layer].slots)
+            if last_U is not None:
+                waited = staleness(loaded[layer].uses, last_U, state.step)
+                numbers |= {f"staleness_{layer}/{name}": x for name, x in waited.items()}
             metrics |= {f"memory/{name}": x for name, x in numbers.items()}
-        if hasattr(store.placement, "hit_rate"):
+        if store.placement.has_tiers:
             metrics |= {f"memory/hit_rate_{layer}": x for layer, x in store.hit_rate(state.memory, plan).items()}
         return metrics
 
@@ -104,12 +105,12 @@ def gate_spread(gate_BTM: jax.Array, seen_BT: jax.Array, real_BT: jax.Array) -> 
     return metrics
 
 
-def staleness(loaded: TableState, step: jax.Array) -> Metrics:
-    """Steps since the last update of each distinct row that was ever updated: 0 if that was the step before this one.
+def staleness(uses_U: jax.Array, last_U: jax.Array, step: jax.Array) -> Metrics:
+    """Steps since the last update of the distinct rows that were ever updated: 0 for rows of the previous step.
 
-    Places of the owners' lists that hold no row have no uses either.
+    Unused places have no uses, so they do not count.
     """
-    waited_U = jnp.where(loaded.uses > 0, (step - loaded.slots["last_step"]).astype(jnp.float32), jnp.nan)
+    waited_U = jnp.where(uses_U > 0, (step - last_U).astype(jnp.float32), jnp.nan)
     return {"mean": jnp.nanmean(waited_U), "max": jnp.nanmax(waited_U)}
 
 

@@ -22,7 +22,6 @@ import optax
 from engram_jax.config import RunConfig
 from engram_jax.layers.moe import MoEStats
 from engram_jax.memory.description import LoadedRows, MemoryPlan, MemoryState
-from engram_jax.memory.placements import DevicePlacement
 from engram_jax.memory.plan import RowPlan, capacity, overflow, requests
 from engram_jax.memory.store import MemoryStore
 from engram_jax.model import updated_buffers
@@ -44,7 +43,7 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, Lo
     """
     config, store = parts.config, parts.store
     accum = config.train.grad_accum
-    moves_rows = config.optimizer.table_optimizer != "frozen"
+    moves_rows = store.optimizer.moves_rows
 
     def loss(params, rows, buffers, batch, total_count):
         """This part's share of the batch's mean loss, so that parts add up to the gradient of the whole batch."""
@@ -113,8 +112,7 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, Lo
             metrics |= {f"memory/{name}_{layer}": value for name, value in counters.items()}
         return new_state, metrics, loaded
 
-    tables = {layer: store.at_rest(layer) for layer in store.layers} if store.placement.in_program else {}
-    at_rest = TrainState(None, None, None, None, MemoryState(tables, None))  # type: ignore[arg-type]
+    at_rest = TrainState(None, None, None, None, MemoryState(store.tables_at_rest(), None))  # type: ignore[arg-type]
     donated = (0, 3) if moves_rows else 0  # rows that are only read become nothing
     return jax.jit(train_step, donate_argnums=donated, out_shardings=(at_rest, None, None))
 
@@ -146,7 +144,7 @@ def _update_rows(
     """The tables after this batch, and what the step hands on: the next batch's rows, or rows to save outside."""
     if store.optimizer.whole_table:
         return store.update(state.memory, plan, row_grads, state.step), None
-    if early is None and isinstance(store.placement, DevicePlacement):
+    if early is None and store.placement.on_device:
         # Read once more: kept over the whole step, rows and moments take 4.4 GB of engram_27b's chip on v5p-64 where
         # reading takes milliseconds. What the barrier hides from XLA is that it would be the same reading.
         owned = {layer: row_plan.owned_U for layer, row_plan in plan.items()}

@@ -17,16 +17,15 @@ from engram_jax.training.step import Metrics, make_eval_step, make_train_step
 
 
 def reads_ahead(parts: Parts) -> bool:
-    """Whether the next batch's rows are read while this one is computed; the numbers are the same either way.
+    """Whether the next batch's rows are read while the current step computes; the numbers are the same either way.
 
-    Not where nothing is gained: on the device reading is cheap. Not inside a program on CPU: XLA:CPU (jax 0.10) drops
-    the barrier that puts the reading before the writing, and copies the whole table at every step.
+    Never from device memory, where reading is cheap. Never inside a program on CPU: XLA:CPU (jax 0.10) drops the
+    barrier that puts the reading before the writing, and copies the whole table at every step.
     """
-    if not parts.config.memory.prefetch:
+    placement = parts.store.placement
+    if not parts.config.memory.prefetch or placement.on_device:
         return False
-    if not parts.store.placement.in_program:
-        return True
-    return parts.config.memory.placement != "device" and parts.mesh.devices.flat[0].platform != "cpu"
+    return not placement.in_program or parts.mesh.devices.flat[0].platform != "cpu"
 
 
 class Stepper:
@@ -36,18 +35,17 @@ class Stepper:
         self._store = parts.store
         self._batches = PlannedBatches(batches, Planner(parts.store, log))
         self._step = make_train_step(parts)
-        settings = parts.config.memory
+        settings, placement = parts.config.memory, parts.store.placement
         self._reads_ahead = reads_ahead(parts)
         self._loaded: LoadedRows | None = None
+        """Rows of the current batch, if they were read in the previous step."""
         self._promote = None
-        if hasattr(parts.store.placement, "promote") and settings.promote_every:
-            tables = {layer: parts.store.at_rest(layer) for layer in parts.store.layers}
-            at_rest = MemoryState(tables, None)  # type: ignore[arg-type]
+        if placement.has_tiers and settings.promote_every:
+            at_rest = MemoryState(parts.store.tables_at_rest(), None)  # type: ignore[arg-type]
             self._promote = jax.jit(parts.store.promote, donate_argnums=0, out_shardings=at_rest)
         self._promote_every = settings.promote_every
-        self._outside = None
-        if not parts.store.placement.in_program:
-            self._outside = RowCarrier(parts.store, self._reads_ahead)
+        self._carrier = None if placement.in_program else RowCarrier(parts.store, self._reads_ahead)
+        """Carries the rows of tables that the step cannot reach."""
         self._monitor = None
         if parts.store.layers and settings.monitor_every:
             self._monitor = make_monitor(parts)
@@ -56,14 +54,14 @@ class Stepper:
         return self
 
     def __exit__(self, *_) -> None:
-        if self._outside is not None:
-            self._outside.close()
+        if self._carrier is not None:
+            self._carrier.close()
 
     def __call__(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """The state after the next batch; `step` is the number of steps done. The old state is donated."""
         batch, plan = self._batches.current
-        if self._outside is not None:
-            state, metrics = self._step_outside(state, batch, plan)
+        if self._carrier is not None:
+            state, metrics = self._step_with(self._carrier, state, batch, plan)
         elif self._reads_ahead:
             following = self._batches.following
             loaded = self._loaded or jax.jit(self._store.load)(state.memory, plan)
@@ -75,25 +73,27 @@ class Stepper:
         self._batches.advance()
         return state, metrics
 
-    def _step_outside(self, state: TrainState, batch: Batch, plan: MemoryPlan) -> tuple[TrainState, Metrics]:
-        assert self._outside is not None
+    def _step_with(
+        self, carrier: RowCarrier, state: TrainState, batch: Batch, plan: MemoryPlan
+    ) -> tuple[TrainState, Metrics]:
+        """A step without tables: the carrier brings the batch's rows and takes them back."""
         tables = state.memory.tables
-        loaded = self._outside.load(tables, plan)
+        loaded = carrier.load(tables, plan)
         if self._reads_ahead:
-            self._outside.read_ahead(tables, self._batches.following)
+            carrier.read_ahead(tables, self._batches.following)
         inside = replace(state, memory=replace(state.memory, tables={}))
         state, metrics, moved = self._step(inside, batch, plan, loaded)
-        if moved is not None:  # frozen tables have nothing to write
-            self._outside.save(tables, plan, moved)
+        if moved is not None:  # None: the row optimizer moves no rows
+            carrier.save(tables, plan, moved)
         return replace(state, memory=replace(state.memory, tables=tables)), metrics
 
     def look(self, state: TrainState) -> Metrics:
-        """What the next batch finds in the memory before its step (training/monitors.py); {} without memory."""
+        """Metrics of the memory on the next batch, before its step (training/monitors.py); {} without memory."""
         if self._monitor is None:
             return {}
         batch, plan = self._batches.current
-        if self._outside is not None:
-            self._outside.settle()
+        if self._carrier is not None:
+            self._carrier.settle()
             loaded = self._store.load(state.memory, plan)
             return self._monitor(replace(state, memory=replace(state.memory, tables={})), batch, plan, loaded)
         if self._reads_ahead and self._loaded is None:
@@ -102,12 +102,12 @@ class Stepper:
 
     def settle(self) -> None:
         """Waits until every update has reached the tables, before they are saved or evaluated."""
-        if self._outside is not None:
-            self._outside.settle()
+        if self._carrier is not None:
+            self._carrier.settle()
 
 
 def make_evaluator(parts: Parts, log: Callable[[str], None] = print) -> Callable[[TrainState, Batch], jax.Array]:
-    """`losses_BT = evaluator(state, batch)`, with plans that fit, wherever the tables lie."""
+    """`losses_BT = evaluator(state, batch)`, with plans that fit, for any placement."""
     planner, step, store = Planner(parts.store, log), make_eval_step(parts), parts.store
 
     def losses(state: TrainState, batch: Batch) -> jax.Array:

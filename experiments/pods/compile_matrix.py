@@ -1,11 +1,12 @@
-"""The paper's models on the usual slices: every cell a compile of the training step, the table in docs/pods.md.
+"""The table of docs/pods.md: the training step of the paper's models, compiled for the usual slices.
 
-  python -m experiments.compile --matrix                     what is missing, then the table
-  python -m experiments.compile --matrix engram_27b v5p-64   only cells whose model or slice is named
-  python -m experiments.compile --matrix --table             the table alone, from the cells there are
+  python -m experiments.compile --matrix                     compile the missing cells, then write the table
+  python -m experiments.compile --matrix engram_27b v5p-64   compile only cells of these models and slices
+  python -m experiments.compile --matrix --table             write the table from the finished cells
 
-A cell takes a minute or two (7x: several): no code is generated. Each is kept as JSON in `experiments/results/matrix/`
-under a name that holds a hash of its settings, so an interrupted matrix goes on, and a changed run is compiled again.
+A cell takes a minute or two (7x: several), because no code is generated. Each cell is a JSON file in
+`experiments/results/matrix/`. Its name has a hash of the settings. So an interrupted matrix resumes, and a changed run
+is compiled again.
 """
 
 from __future__ import annotations
@@ -32,12 +33,19 @@ BEGIN, END = "<!-- matrix: python -m experiments.compile --matrix -->", "<!-- en
 
 
 def write_matrix(arguments: Sequence[str], compile_programs: Compile | None = None) -> int:
-    """Compiles the cells that are missing and writes the table. Returns 0, or 1 if a cell could not be compiled."""
+    """Compiles the missing cells and writes the table. Returns 0, or 1 if a cell could not be compiled."""
     wanted = [word for word in arguments if not word.startswith("-")]
     unknown = set(wanted) - {*MODELS, *SLICES}
-    require(not unknown, f"--matrix {' '.join(sorted(unknown))}: its models are {MODELS}, its slices {SLICES}.")
+    require(
+        not unknown,
+        f"--matrix {' '.join(sorted(unknown))} is unknown. The models are {', '.join(MODELS)}; the slices are "
+        f"{', '.join(SLICES)}.",
+    )
     others = {word for word in arguments if word.startswith("-")} - {"--table"}
-    require(not others, f"--matrix knows no {' '.join(sorted(others))}, only --table and names of models and slices.")
+    require(
+        not others,
+        f"--matrix {' '.join(sorted(others))} is unknown. Give names of models and slices, or --table.",
+    )
     cells = [(model, where) for where in SLICES for model in MODELS]
     failed = 0
     for number, (model, name) in enumerate(cells, 1):
@@ -70,7 +78,7 @@ def _is_wanted(model: str, where: str, wanted: Sequence[str]) -> bool:
 
 
 def cell_file(config: RunConfig, where: Topology) -> Path:
-    """Where a cell is kept."""
+    """The JSON file of a cell."""
     return CELLS / f"{config.name}-{where.name}-{fingerprint(config, where.name)}.json"
 
 

@@ -11,6 +11,7 @@ from engram_jax.aot.chips import Topology
 from engram_jax.aot.slices import PER_STREAM_BYTE
 from engram_jax.config import RunConfig
 from engram_jax.counts import GROUPS, backbone_parameters, flops_per_token, leaves, state_bytes, table_bytes
+from engram_jax.registries import PLACEMENTS
 
 KEPT_BLOCKS = 8
 """Without recomputation the backward pass keeps of a block so many times its input (as engram_jax/aot/slices.py)."""
@@ -77,11 +78,12 @@ def memory(run: RunConfig, where: Topology) -> dict[str, float]:
     at_once = run.data.batch_size / where.devices / train.grad_accum
     state = state_bytes(model, run.optimizer, run.memory)
     tables = table_bytes(model, run.optimizer, run.memory, where.devices).values()
+    placement = PLACEMENTS[run.memory.placement].create(run.memory, "tpu")
     logits = at_once * (model.loss_chunk_len or run.data.seq_len) * model.vocab_size
     groups = {
         "weights and optimizer": sum(size for name, size in state.items() if name != "memory") / cut,
         "gradients": 4 * backbone_parameters(model).total / cut,
-        "tables": sum(table.total for table in tables) if run.memory.placement == "device" else 0,
+        "tables": placement.device_share * sum(table.total for table in tables),
         "activations": at_once * sequence_bytes(run),
         "logits and their gradient": 2 * 4 * logits,
         # Gathered in bfloat16 while the next one is, and its gradient in float32 before it is scattered.

@@ -1,4 +1,4 @@
-"""The commands that train a planned run: the run's name, and what differs from the run of that name as overrides."""
+"""The commands that train a planned run. Where it differs from the run of that name, they have overrides."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from experiments.runs.registry import build
 
 
 def commands(run: RunConfig, where: Topology, corpus: str = "", tokenizer: str = "", run_dir: str = "") -> list[str]:
-    """Shell lines: for a slice of one's own first, then for one that python -m tpu makes.
+    """Shell lines: the first for a slice that you have, the others for a slice that python -m tpu creates.
 
     Args:
-      run: laid out for the slice; its name is registered or that of a budget (experiments/runs/ladder.py).
-      corpus, tokenizer, run_dir: for the commands; empty: $CORPUS, $TOKENIZER, $RUNS, which the reader sets.
+      run: laid out for the slice; its name is registered, or is the name of a budget (experiments/runs/ladder.py).
+      corpus, tokenizer, run_dir: written into the commands. Empty: $CORPUS, $TOKENIZER, $RUNS, which the user sets.
     """
     words = [*_layout(run, where), "--data.corpus", _or(corpus, "$CORPUS"), "--data.tokenizer"]
     options = " ".join([*words, _or(tokenizer, "$TOKENIZER")])
     lines = [f"python -m experiments.run {run.name} {options}"]
     wanted = gcloud_type(where)
     if not wanted:
-        return [*lines, "# python -m tpu makes no such slice: through GKE, see tpu/README.md"]
+        return [*lines, "# python -m tpu cannot create this slice. Use GKE: see tpu/README.md"]
     name, folder = run.name.replace("_", "-").replace(".", "-"), _or(run_dir, "$RUNS").rstrip("/") + f"/{run.name}"
     return [
         *lines,
@@ -36,7 +36,7 @@ def commands(run: RunConfig, where: Topology, corpus: str = "", tokenizer: str =
 
 
 def gcloud_type(where: Topology) -> str:
-    """What `python -m tpu create --type` calls the slice; empty if it knows none."""
+    """The slice's name for `python -m tpu create --type`; empty if there is no such type."""
     from tpu.accelerators import GENERATIONS, parse_type
     from tpu.errors import TpuError
 
@@ -49,11 +49,7 @@ def gcloud_type(where: Topology) -> str:
 
 
 def overrides(run: RunConfig, base: RunConfig) -> list[str]:
-    """`--train.steps 50`, for every field in which the run differs from the base, quoted for a shell.
-
-    Raises:
-      ConfigError: a field differs that a command line cannot hold.
-    """
+    """Overrides such as `--train.steps 50`, quoted for a shell: one for every field that differs from the base."""
     words = []
     for path, value, other in _leaves(run, base):
         if value != other and path != "name":
@@ -62,11 +58,11 @@ def overrides(run: RunConfig, base: RunConfig) -> list[str]:
 
 
 def _layout(run: RunConfig, where: Topology) -> list[str]:
-    """Words that lay the named run out as `run` is."""
+    """Words that give the named run the layout of `run`."""
     named = build(run.name)
     try:
         base = laid_out(named, where)
-    except ConfigError:  # the named run's own batch cannot be laid out there, only this one's
+    except ConfigError:  # the named run's own batch does not fit the slice; this run's batch does
         return overrides(run, named)
     shape = f"{where.chip.name}:{'x'.join(map(str, where.dims))}"
     return ["--slice", shape, *overrides(run, base)]

@@ -1,14 +1,20 @@
-"""The studies: what is compared with what, at which equal cost. `STUDIES` holds them by name."""
+"""The studies by name. A study is one new module and one line here (docs/extending.md)."""
 
-from experiments.studies.analyses.analysis_base import DEPTH, FREQUENCY, GATES, KNOCK_OUT
+from engram_jax.registries import Registry
 from experiments.studies.engine.declared import Study
-from experiments.studies.trained.ablations import ABLATIONS
-from experiments.studies.trained.allocation import ALLOCATION
-from experiments.studies.trained.layers import LAYERS
-from experiments.studies.trained.memory_scaling import MEMORY_SCALING
-from experiments.studies.trained.pair import PAIR
 
-STUDIES: dict[str, Study] = {
-    study.name: study
-    for study in (PAIR, ALLOCATION, MEMORY_SCALING, ABLATIONS, LAYERS, KNOCK_OUT, FREQUENCY, GATES, DEPTH)
-}
+STUDIES: Registry[Study] = Registry(
+    "study",
+    "studies",
+    {
+        "pair": "experiments.studies.trained.pair:PAIR",
+        "allocation": "experiments.studies.trained.allocation:ALLOCATION",
+        "memory_scaling": "experiments.studies.trained.memory_scaling:MEMORY_SCALING",
+        "ablations": "experiments.studies.trained.ablations:ABLATIONS",
+        "layers": "experiments.studies.trained.layers:LAYERS",
+        "knock_out": "experiments.studies.analyses.knock_out:KNOCK_OUT",
+        "frequency": "experiments.studies.analyses.frequency:FREQUENCY",
+        "gates": "experiments.studies.analyses.gates:GATES",
+        "depth": "experiments.studies.analyses.depth:DEPTH",
+    },
+)

@@ -133,8 +133,7 @@ def test_a_model_without_memory_and_a_text_without_tokens(model, tokenizer):
         token_gates(plain, state, tokenizer, TEXT)
 
 
-def test_the_heat_map_shows_every_gate(tmp_path):
-    rng = np.random.default_rng()
+def test_the_heat_map_shows_every_gate(tmp_path, rng):
     tokens = ["def", " f", "$x", "_$", "\n", "\t", "é"]
     gates = {"1": rng.random((7, 2)), "14": rng.random((7, 3))}
     figure = plot_gates(tokens, gates)

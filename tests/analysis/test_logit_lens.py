@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from seeds import rng_of
 
 from engram_jax.analysis.hidden_states import layer_states, state_batches, states_at
 from engram_jax.analysis.logit_lens import DIRECTIONS, divergences, logit_lens, plot_lens
@@ -70,8 +71,8 @@ def model(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sequences():
-    rng = np.random.default_rng()
+def sequences(request):
+    rng = rng_of(request)
     return [np.array([0, *rng.integers(3, 270, n - 1)], np.int32) for n in WINDOWS]
 
 
@@ -176,8 +177,7 @@ def test_a_sequence_without_ids(model, sequences):
         logit_lens(model, [sequences[0], sequences[0][:0]])
 
 
-def test_the_picture_shows_every_curve(tmp_path):
-    rng = np.random.default_rng()
+def test_the_picture_shows_every_curve(tmp_path, rng):
     lenses = {
         label: [{d: [Metric(float(v)) for v in rng.random(5)] for d in DIRECTIONS} for _ in range(2)]
         for label in ("moe", "engram")

@@ -25,11 +25,6 @@ CONSTANTS = hash_constants(CONFIG, TokenMap.identity(VOCAB))
 
 
 @pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
-@pytest.fixture
 def text(rng):
     """(ids of several documents, offsets at which they begin)."""
     lengths = rng.integers(1, 60, 9)

@@ -11,8 +11,7 @@ BOS, EOS = 0, 1
 SEQ_LEN = 16
 
 
-def make_stream(folder, name, num_documents):
-    rng = np.random.default_rng()
+def make_stream(rng, folder, name, num_documents):
     documents = [
         np.array([BOS, *rng.integers(3, 250, rng.integers(0, 40)), EOS], np.uint16) for _ in range(num_documents)
     ]
@@ -23,8 +22,8 @@ def make_stream(folder, name, num_documents):
 
 
 @pytest.fixture
-def streams(tmp_path):
-    return [make_stream(tmp_path, name, count) for name, count in (("a", 30), ("b", 11))]
+def streams(tmp_path, rng):
+    return [make_stream(rng, tmp_path, name, count) for name, count in (("a", 30), ("b", 11))]
 
 
 @pytest.fixture

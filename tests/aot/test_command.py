@@ -9,6 +9,7 @@ from engram_jax.aot.remedies import remedies
 from engram_jax.config import ConfigError, replace
 from engram_jax.errors import FAILED, MISTAKEN, RunError
 from experiments import compile as command
+from experiments.pods import compile_report
 from experiments.runs.registry import build
 
 GB = 10**9
@@ -178,15 +179,15 @@ def test_remedies_are_ranked_by_time_among_those_that_fit():
         return 1.0 + 0.3 * (config.model.remat == "full") + 0.1 * config.train.grad_accum
 
     config = replace(build("moe_small"), model__remat="none")
-    ranked = command.suggest(config, topology("v5e-4"), ["train"], played(needs, seconds))
+    ranked = compile_report.suggest(config, topology("v5e-4"), ["train"], played(needs, seconds))
     fitting = [remedy for remedy, report in ranked if report and report["fits"]]
     assert fitting[0].changes == {"train__mesh_fsdp": 4, "train__mesh_data": -1}
     assert {"model__remat": "full"} in [remedy.changes for remedy in fitting]
     verdicts = [report["fits"] for _, report in ranked if report]
     assert verdicts == sorted(verdicts, reverse=True)
-    times = [command.step_seconds(report) for _, report in ranked if report and report["fits"]]
+    times = [compile_report.step_seconds(report) for _, report in ranked if report and report["fits"]]
     assert times == sorted(times)
-    assert "fits" in command.ranking(ranked)
+    assert "fits" in compile_report.ranking(ranked)
 
 
 def test_a_remedy_that_is_refused_comes_last():
@@ -195,9 +196,9 @@ def test_a_remedy_that_is_refused_comes_last():
             raise ConfigError("no")
         return played(lambda config: 90 * GB)(config, where, programs)
 
-    ranked = command.suggest(build("moe_small"), topology("v5e-4"), ["train"], refuses)
+    ranked = compile_report.suggest(build("moe_small"), topology("v5e-4"), ["train"], refuses)
     assert ranked[-1][1] is None
-    assert "None of them fits" in command.ranking(ranked)
+    assert "None of them fits" in compile_report.ranking(ranked)
 
 
 def test_remedies_leave_out_what_is_taken_and_never_change_the_model():

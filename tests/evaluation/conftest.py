@@ -24,7 +24,8 @@ from engram_jax.config import (
 )
 from engram_jax.data.loader import load_data
 from engram_jax.evaluation.evaluated_run import EvaluatedRun
-from engram_jax.runs import run_folder, settings
+from engram_jax.files import write_json
+from engram_jax.runs import run_folder
 from engram_jax.runs.checkpoint import Checkpoints
 from engram_jax.runs.parts import assemble
 
@@ -110,7 +111,7 @@ def save_run(config: RunConfig, run_dir, seed: int) -> None:
         with Checkpoints(run_dir / "checkpoints", config.checkpoint, parts, silent) as checkpoints:
             checkpoints.save(4, state, run_folder.meta(parts.config, text, parts))
             checkpoints.wait()
-    settings.write_json(
+    write_json(
         run_dir / "result.json", {"corpus_sha256": text.corpus_sha256, "loss": 4.0, "bits_per_byte": 2.0}
     )
 
@@ -134,8 +135,3 @@ def bare_run_dir(config, tmp_path_factory):
 @pytest.fixture(scope="package")
 def model(run_dir, compiled_programs):
     return EvaluatedRun.load(run_dir, batch_tokens=256, log=silent)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng()

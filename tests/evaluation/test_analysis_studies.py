@@ -14,11 +14,12 @@ from engram_jax.data.loader import load_data, train_batches
 from engram_jax.errors import RunError
 from engram_jax.evaluation.documents import OwnText
 from engram_jax.evaluation.evaluated_run import EvaluatedRun
+from experiments.studies import STUDIES
 from experiments.studies.analyses import trained_runs
-from experiments.studies.analyses.frequency import measure as frequency
 from experiments.studies.analyses.gates import measure as gates
-from experiments.studies.analyses.knock_out import measure as knock_out
-from experiments.studies.analyses.trained_runs import DIFFERENCE, OFF, TRAINED, TWIN
+from experiments.studies.analyses.knock_out.measure import OFF, TRAINED, TWIN
+from experiments.studies.analyses.knock_out.report import from_rows, sentences, verdict
+from experiments.studies.analyses.trained_runs import DIFFERENCE
 from experiments.studies.engine.declared import FinishedRun
 
 STEP = 4  # of the saved runs
@@ -76,7 +77,7 @@ def results(folder):
 @pytest.fixture(scope="module")
 def knocked_out(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("knock_out")
-    return knock_out.analyse(runs, folder), results(folder), folder
+    return STUDIES["knock_out"].analysis.of_runs(runs, folder), results(folder), folder
 
 
 def test_losses_are_those_of_the_runs(knocked_out, model, run_dir, bare_run_dir, windows):
@@ -116,8 +117,10 @@ def test_differences_are_recomputed_from_the_losses(knocked_out):
         assert row["mean"] == pytest.approx(losses[row["group"], ours] - losses[row["group"], theirs], abs=1e-6)
         assert row["std_seeds"] is None
     (whole,) = (r for r in differences if r["group"] == "all" and r["difference"] == f"{OFF} - {TRAINED}")
-    assert f"With the memory off the loss is {whole['mean']:+.3f} ± {whole['stderr_documents']:.3f}" in lines[2]
-    assert "| all | 100.0% |" in "\n".join(lines)
+    found = verdict(from_rows(rows))
+    assert (found.cost.mean, found.cost.stderr) == pytest.approx((whole["mean"], whole["stderr_documents"]))
+    assert all(f"- {sentence}" in lines for sentence in sentences(found, (0,)))
+    assert any(line.startswith("| all ") and "| 100.0% " in line for line in lines)
 
 
 def test_kinds_are_those_of_the_text(knocked_out, held_out_words):
@@ -143,7 +146,7 @@ def held_out_words(model):
 @pytest.fixture(scope="module")
 def by_frequency(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("frequency")
-    return frequency.analyse(runs, folder), results(folder), folder
+    return STUDIES["frequency"].analysis.of_runs(runs, folder), results(folder), folder
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +206,7 @@ def test_losses_and_memory_by_frequency(by_frequency, model):
             # The saved tables were never updated: no row has an age.
             assert of(rows, text, f"age {layer}") == {} and set(of(rows, text, f"uses {layer}").values()) == {0.0}
     assert (folder / "frequency.png").stat().st_size > 20_000
-    assert sum(line.startswith("| all, held-out shares |") for line in lines) == 2
+    assert sum(line.startswith("| all, held-out shares ") for line in lines) == 2
 
 
 # --- gates ---
@@ -212,7 +215,7 @@ def test_losses_and_memory_by_frequency(by_frequency, model):
 @pytest.fixture(scope="module")
 def gated(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gates")
-    return gates.analyse(runs, folder), results(folder), folder
+    return STUDIES["gates"].analysis.of_runs(runs, folder), results(folder), folder
 
 
 class Cells(HTMLParser):
@@ -277,6 +280,6 @@ def test_runs_of_different_texts_are_refused(runs, run_dir, tmp_path):
     (other / "tokenizer.json").write_bytes((run_dir / "tokenizer.json").read_bytes())
     result = {"corpus_sha256": "another", "loss": 4.0, "bits_per_byte": 2.0}
     (other / "result.json").write_text(json.dumps(result))
-    for study in (knock_out, frequency, gates):
+    for name in ("knock_out", "frequency", "gates", "depth"):
         with pytest.raises(RunError, match="different texts"):
-            study.analyse([runs[0], FinishedRun("engram", 0, other)], tmp_path)
+            STUDIES[name].analysis.of_runs([runs[0], FinishedRun("engram", 0, other)], tmp_path)

@@ -10,7 +10,9 @@ from engram_jax.analysis.logit_lens import DIRECTIONS, logit_lens
 from engram_jax.analysis.segments import segments
 from engram_jax.errors import RunError
 from engram_jax.evaluation.documents import OwnText
+from experiments.studies import STUDIES
 from experiments.studies.analyses.depth import measure as depth
+from experiments.studies.analyses.depth.report import from_rows, verdict
 from experiments.studies.engine.declared import FinishedRun
 
 
@@ -39,9 +41,9 @@ def test_names_are_whole_and_of_several_tokens(model, monkeypatch):
 @pytest.mark.slow
 def test_from_runs_to_the_report(model, runs, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="has 0 names of several tokens, and CKA needs 64"):
-        depth.analyse(runs, tmp_path)
+        STUDIES["depth"].analysis.of_runs(runs, tmp_path)
     monkeypatch.setattr(depth, "NAMES", ("word", "keyword"))
-    text = "\n".join(depth.analyse(runs, tmp_path))
+    text = "\n".join(STUDIES["depth"].analysis.of_runs(runs, tmp_path))
     assert "Alignment beyond the control" in text and "nan" not in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alignment.png", "cka.png", "lens.png", "results.jsonl"]
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -65,4 +67,4 @@ def test_from_runs_to_the_report(model, runs, tmp_path, monkeypatch):
     # The control is a run and its copy, so no spread hides what the other model is.
     shifts = [np.mean(row["alignment"]) for row in likenesses if row["columns"] == "engram" != row["rows"]]
     control = [np.mean(row["alignment"]) for row in likenesses if row["columns"] == "moe"]
-    assert f"{np.mean(shifts) - np.mean(control):+.3f} layers" in text
+    assert verdict(from_rows(rows)).alignment.shift.mean == pytest.approx(np.mean(shifts) - np.mean(control), abs=1e-6)

@@ -12,29 +12,29 @@ import pytest
 
 from engram_jax.commands import evaluate as command
 from engram_jax.commands.evaluate import file_name, main, parse
-from engram_jax.evaluation import tasks as registry
 from engram_jax.evaluation.results import load, metric_of
 from engram_jax.evaluation.statistics import Metric, difference
-from engram_jax.evaluation.tasks import Result, register
+from engram_jax.evaluation.tasks import Result
+from engram_jax.registries import TASKS
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Adds the numbers from 0 up."""
+
+    up_to: int = 3
+    """The last number."""
+
+    def __call__(self, model, shared, argument=""):
+        metrics = {"sum": Metric(float(sum(range(self.up_to + 1))), 0.5), "nothing": Metric(math.nan)}
+        return Result(metrics, {"argument": argument, "numbers": np.arange(2), "largest": np.float32(2)})
 
 
 @pytest.fixture
-def counting(monkeypatch):
-    """A task of which nothing is known beforehand: options, an argument, a number that is none."""
-    monkeypatch.setattr(registry, "TASKS", dict(registry.all_tasks()))
-
-    @register("counting")
-    @dataclass(frozen=True)
-    class Counting:
-        """Counts."""
-
-        up_to: int = 3
-
-        def __call__(self, model, shared, argument=""):
-            metrics = {"sum": Metric(float(sum(range(self.up_to + 1))), 0.5), "nothing": Metric(math.nan)}
-            return Result(metrics, {"argument": argument, "numbers": np.arange(2), "largest": np.float32(2)})
-
-    return Counting
+def counting():
+    """A registered task of which nothing is known beforehand: options, an argument, a number that is none."""
+    yield TASKS.register("counting", Counting)
+    TASKS.unregister("counting")
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_two_runs_side_by_side(capsys, runs):
         assert record["run"]["name"] == name and record["run"]["step"] == 4 and record["seed"] == 5
         assert record["run"]["config"]["model"]["hidden_size"] == 32
         assert {"python", "jax", "jaxlib", "flax", "numpy", "engram_jax"} <= set(record["versions"])
-        assert record["command"][:4] == ["python", "-m", "engram_jax.commands.evaluate", str(with_memory)]
+        assert record["command"][:3] == ["engram-jax", "evaluate", str(with_memory)]
         assert record["commit"] is None or len(record["commit"].removesuffix("+changes")) == 40
         assert record["tasks"]["perplexity"]["options"] == {"context": 0, "stride": 48, "ngram_order": 3}
         assert record["tasks"]["perplexity"]["details"]["stride"] == 48
@@ -131,7 +131,8 @@ def test_the_paper_beside_it(capsys, runs, counting):
     [
         ([], 2, "give the folders"),
         (["{run}/nowhere"], 1, "is not a run"),
-        (["{run}", "--tasks", "perplexty"], 2, "there is no task 'perplexty'; the nearest: 'perplexity'"),
+        (["{run}", "--tasks", "perplexty"], 2, "there is no task 'perplexty'; the nearest is 'perplexity'"),
+        (["{run}", "--tasks", "x"], 2, "there is no task 'x'; there are perplexity, longppl, ruler, lm_eval"),
         (["{run}", "--limit", "-1"], 2, "limit=-1"),
         (["{run}", "--perplexity.strid", "3"], 2, "'--perplexity.strid'; the nearest is '--perplexity.stride'"),
         (["{run}", "--corpu", "x"], 2, "the nearest is '--corpus'"),
@@ -140,7 +141,7 @@ def test_the_paper_beside_it(capsys, runs, counting):
         (["{bare}", "--memory_scale", "0"], 2, "no memory to scale"),
         (["{run}", "{bare}", "--output", "x"], 2, "--output=x"),
         (["{run}", "--name", "a/b"], 2, "name='a/b'"),
-        (["{run}", "--table"], 2, "holds no results"),
+        (["{run}", "--table"], 2, "has no results"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_computed(
@@ -234,12 +235,12 @@ def test_results_that_cannot_be_saved_any_more_are_shown(capsys, monkeypatch, ru
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("engram_jax.runs.settings.write_json", full)
+    monkeypatch.setattr("engram_jax.files.write_json", full)
     with_memory, _ = runs
     assert main([str(with_memory), "--tasks", "counting"]) == 1
     streams = capsys.readouterr()
     assert table_row(streams.out, "counting: sum") == ["6.0000 ± 0.5000"]
-    assert "No space left on device" in streams.err and "What was measured is on the screen" in streams.err
+    assert "No space left on device" in streams.err and "The numbers are printed above" in streams.err
 
 
 def test_a_folder_that_may_not_be_entered_is_one_line(capsys, monkeypatch, run_dir):
@@ -257,7 +258,7 @@ def test_results_that_cannot_be_read_are_named(capsys, runs):
     (with_memory / "evaluations").mkdir()
     for text, message in (
         ("{", "cannot be read"),
-        ('{"a": 1}', "lacks format"),
+        ('{"a": 1}', "is not a results file"),
         ('{"format": 9, "tasks": {}, "run": {}}', "format 9"),
     ):
         (with_memory / "evaluations" / "x.json").write_text(text)
@@ -265,10 +266,69 @@ def test_results_that_cannot_be_read_are_named(capsys, runs):
         assert message in capsys.readouterr().err
 
 
-def test_help_lists_the_tasks_and_their_options(capsys):
+def test_help_lists_the_tasks_and_their_options(capsys, counting):
     with pytest.raises(SystemExit) as stopped:
         command.parse(["--help"])
     out = capsys.readouterr().out
     assert stopped.value.code == 0
     for word in ("--tasks", "--corpus", "--memory_scale", "--perplexity.stride", "--longppl.short_context"):
         assert word in out
+    assert "--counting.up_to" in out and "The last number." in out
+
+
+def test_list_names_every_task(capsys, counting):
+    assert main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [*TASKS] and lines[-1] == "counting    Adds the numbers from 0 up."
+    assert all(len(line.split()) > 4 for line in lines)
+
+
+@dataclass(frozen=True)
+class EntryPoint:
+    """What importlib.metadata gives for a line of another package's pyproject.toml."""
+
+    name: str
+    value: str
+    loaded: object = None
+
+    def load(self):
+        if self.loaded is None:
+            raise ImportError("No module named 'their_package'")
+        return self.loaded
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Makes entry points of another package appear."""
+
+    def install(*points):
+        monkeypatch.setattr(TASKS, "_entries", dict(TASKS._entries))
+        monkeypatch.delattr(TASKS, "_installed", raising=False)
+        monkeypatch.setattr("engram_jax.registries.entry_points", lambda group: {"engram_jax.tasks": points}[group])
+
+    return install
+
+
+def test_a_task_of_another_package(capsys, runs, installed):
+    """By an entry point, without a line in this package."""
+    installed(EntryPoint("theirs", "their_package.tasks:Counting", Counting))
+    with_memory, _ = runs
+    assert main([str(with_memory), "--tasks", "theirs", "--theirs.up_to", "4"]) == 0
+    assert table_row(capsys.readouterr().out, "theirs: sum") == ["10.0000 ± 0.5000"]
+
+
+def test_a_task_that_cannot_be_imported_is_named(capsys, run_dir, installed):
+    installed(EntryPoint("theirs", "their_package.tasks:Counting"))
+    assert main([str(run_dir), "--tasks", "theirs"]) == 2
+    error = capsys.readouterr().err
+    assert "the task 'theirs' (their_package.tasks:Counting) cannot be imported" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["limit", "name", "my-task"])
+def test_a_task_with_the_name_of_an_option_is_refused(capsys, run_dir, name):
+    TASKS.register(name, Counting)
+    try:
+        assert main([str(run_dir)]) == 2
+        assert f"the task {name!r} needs another name" in capsys.readouterr().err
+    finally:
+        TASKS.unregister(name)

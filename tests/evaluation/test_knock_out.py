@@ -13,7 +13,7 @@ from engram_jax.evaluation.knock_out import parse_scales, scale_memory
 from engram_jax.layers.engram import EngramReader
 from engram_jax.runs.state import TrainState
 
-TOKENS = np.random.default_rng().integers(3, 300, (2, 48)).astype(np.int32)
+TOKENS = np.random.default_rng(0).integers(3, 300, (2, 48)).astype(np.int32)
 
 
 @partial(jax.jit, static_argnums=0)

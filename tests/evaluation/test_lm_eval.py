@@ -339,7 +339,7 @@ def test_tasks_that_cannot_be_had(tasks, model, tmp_path):
     folder, _ = tasks
     with pytest.raises(ConfigError, match="name a task of the harness"):
         LmEval()(model, Shared())
-    with pytest.raises(ConfigError, match="no task 'own_choise'; the nearest: own_choice"):
+    with pytest.raises(ConfigError, match="no task 'own_choise'; the nearest is 'own_choice'"):
         LmEval(include=str(folder))(model, Shared(), "own_choise")
     with pytest.raises(ConfigError, match=r"lm_eval\.include='nowhere' is not a folder"):
         LmEval(include="nowhere")(model, Shared(), "own_choice")
@@ -353,12 +353,14 @@ def test_tasks_that_cannot_be_had(tasks, model, tmp_path):
 
 def test_without_the_harness_it_is_named(model, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"lm_eval is not installed: pip install 'engram_jax\[eval\]'"):
+    with pytest.raises(
+        ConfigError, match=r"lm_eval is not installed.*uv run --extra eval.*pip install 'engram_jax\[eval\]'"
+    ):
         LmEval()(model, Shared(), "own_choice")
     assert command.main() == 2 and "engram_jax[eval]" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_the_harness_has_its_own_tasks(model):
-    with pytest.raises(ConfigError, match=r"no task 'hellaswg'; the nearest: hellaswag"):
+    with pytest.raises(ConfigError, match=r"no task 'hellaswg'; the nearest is 'hellaswag'"):
         LmEval()(model, Shared(), "hellaswg")

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from seeds import rng_of
 
 from engram_jax.analysis.gates import token_gates
 from engram_jax.analysis.lookups import look_up, with_memory
@@ -16,9 +17,9 @@ STEP = 4  # of the saved run
 
 
 @pytest.fixture(scope="module")
-def aged(model):
+def aged(model, request):
     """The run with tables that differ in every row's uses and last step; some rows were never used."""
-    rng = np.random.default_rng()
+    rng = rng_of(request)
 
     def aged(table):
         uses = rng.integers(0, 4, table.uses.shape).astype(np.int32)
@@ -32,8 +33,8 @@ def aged(model):
 
 
 @pytest.fixture(scope="module")
-def sequences(model):
-    rng = np.random.default_rng()
+def sequences(model, request):
+    rng = rng_of(request)
     return [np.array([model.tokenizer.bos_id, *rng.integers(3, 300, n)], np.int32) for n in (5, 64, 1, 30, 40, 12)]
 
 

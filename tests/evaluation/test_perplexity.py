@@ -12,11 +12,6 @@ from engram_jax.data.ngram_frequency import BUCKETS, NgramCounts, bucket_names
 from engram_jax.training.validation import evaluate
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 def counted(tokens, order: int) -> Counter:
     return Counter(tuple(tokens[i - order + 1 : i + 1]) for i in range(order - 1, len(tokens)))
 

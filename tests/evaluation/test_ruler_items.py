@@ -7,6 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from seeds import rng_of
 
 from engram_jax.config import ConfigError
 from engram_jax.data.tokenizer import train_tokenizer
@@ -29,11 +30,6 @@ def make_documents(rng, count: int = 30) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def rng():
-    return np.random.default_rng()
-
-
-@pytest.fixture(scope="module")
 def documents():
     return make_documents(np.random.default_rng(5))  # fixed, because lengths depend on the tokenizer made of them
 
@@ -49,8 +45,8 @@ def texts(documents):
 
 
 @pytest.fixture(scope="module")
-def seed(rng):
-    return int(rng.integers(1 << 32))
+def seed(request):
+    return int(rng_of(request).integers(1 << 32))
 
 
 @pytest.fixture(scope="module")

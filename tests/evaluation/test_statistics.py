@@ -8,11 +8,6 @@ import pytest
 from engram_jax.evaluation.statistics import Metric, difference, mean, ratio
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 def clusters(rng, count: int):
     """Documents of very different length whose tokens share their document's level."""
     sizes = rng.integers(1, 200, count)

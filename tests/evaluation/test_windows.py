@@ -29,11 +29,6 @@ class Echo:
         ]
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng()
-
-
 def settings(rng):
     context = int(rng.integers(1, 12))
     return context, int(rng.integers(1, context + 1))

@@ -26,7 +26,7 @@ def trained(monkeypatch):
     loop.train = train
     monkeypatch.setitem(sys.modules, "engram_jax.training.loop", loop)
     monkeypatch.setattr("engram_jax.training.loop", loop, raising=False)
-    monkeypatch.setattr("experiments.run.keep_compiled_programs", lambda config: None)
+    monkeypatch.setattr("engram_jax.commands.run_options.keep_compiled_programs", lambda config: None)
     return calls
 
 

@@ -11,14 +11,19 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
+from pictures import check_picture
 
 from engram_jax.commands.compare import main
-from engram_jax.comparison.picture import STYLES, smoothed
-from engram_jax.comparison.report import report
-from engram_jax.comparison.run_groups import Run, grouped
+from engram_jax.comparison.picture import comparison_figure, smoothed
+from engram_jax.comparison.report import compared_pairs, report
+from engram_jax.comparison.run_groups import BITS, LOSS, Mismatch, Run, grouped
+from engram_jax.comparison.verdict import Verdict, headline, sentence, verdict
 from engram_jax.config import RunConfig, replace, to_dict
 from engram_jax.counts import parameters
 from engram_jax.data.ngram_frequency import bucket_names
+from engram_jax.errors import FAILED, MISTAKEN
+from engram_jax.evaluation.over_seeds import student_interval
+from engram_jax.pictures import STYLES
 from experiments.runs.sizes import engram_tiny, moe_tiny
 
 MOE = replace(moe_tiny(), name="moe_tiny", train__steps=300)
@@ -47,8 +52,17 @@ def write_run(path, config: RunConfig, loss: float, *, finished=True, tokenizer=
     return path
 
 
+def groups_of(*run_dirs):
+    return grouped([Run.load(path) for path in run_dirs])
+
+
 def compared(*run_dirs) -> str:
-    return report(grouped([Run.load(path) for path in run_dirs]))
+    """The report's text."""
+    return report(groups_of(*run_dirs))
+
+
+def verdicts(*run_dirs) -> list[Verdict]:
+    return [verdict(*pair) for pair in compared_pairs(groups_of(*run_dirs))]
 
 
 def row(table: str, head: str) -> list[str]:
@@ -57,8 +71,8 @@ def row(table: str, head: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def refused(capsys, *arguments) -> str:
-    assert main([*map(str, arguments)]) == 2
+def refused(capsys, *arguments, status=MISTAKEN) -> str:
+    assert main([*map(str, arguments)]) == status
     streams = capsys.readouterr()
     assert streams.out == "" and streams.err.startswith("error: ") and streams.err.count("\n") == 1
     return streams.err
@@ -70,9 +84,12 @@ def seed(config, train, data=0):
 
 def test_two_runs(tmp_path):
     a, b = write_run(tmp_path / "a", MOE, 3.5), write_run(tmp_path / "b", ENGRAM, 3.25)
+    [found] = verdicts(a, b)
+    assert (found.ours, found.theirs, found.metric, found.mismatch) == ("engram_tiny", "moe_tiny", LOSS, None)
+    assert (found.our_mean, found.their_mean, found.difference) == (3.25, 3.5, -0.25)
+    assert found.spread == "unknown" and found.by_seed == {"0": -0.25}
     table = compared(a, b)
-    assert "engram_tiny is 0.2500 nats per token below moe_tiny (3.2500 against 3.5000)." in table
-    assert "spread over seeds is unknown" in table
+    assert f"- {sentence(found)}" in table and "±" not in table
     for config, column in ((MOE, 0), (ENGRAM, 1)):
         counts = parameters(config.model)
         for head, count in (("parameters", counts.total), ("active per token", counts.active)):
@@ -91,11 +108,11 @@ def test_two_runs(tmp_path):
 
 def test_the_order_of_the_runs_decides_the_baseline(tmp_path):
     a, b = write_run(tmp_path / "a", MOE, 3.5), write_run(tmp_path / "b", ENGRAM, 3.25)
-    assert "moe_tiny is 0.2500 nats per token above engram_tiny" in compared(b, a)
+    [found] = verdicts(b, a)
+    assert (found.ours, found.theirs, found.difference) == ("moe_tiny", "engram_tiny", 0.25)
 
 
-def test_seeds_are_grouped(tmp_path):
-    rng = np.random.default_rng()
+def test_seeds_are_grouped(tmp_path, rng):
     losses = {"moe": rng.uniform(3.5, 3.6, 3), "engram": rng.uniform(3.2, 3.3, 3)}
     runs = [
         write_run(tmp_path / f"{name}{i}", seed(config, i), loss)
@@ -109,19 +126,56 @@ def test_seeds_are_grouped(tmp_path):
         mean, std, low, high = map(float, re.match(r"(\S+) ± (\S+) \[(\S+), (\S+)\]", cell).groups())
         expected = statistics.mean(values), statistics.stdev(values), min(values), max(values)
         assert [mean, std, low, high] == pytest.approx(expected, abs=6e-5)
-    differences = losses["engram"] - losses["moe"]
-    for i, difference in enumerate(differences):
-        assert f"{difference:+.4f} (seed {i})" in table
-    spread = max(np.ptp(losses["moe"]), np.ptp(losses["engram"]))
-    assert f"mean {differences.mean():+.4f}, standard deviation {statistics.stdev(differences):.4f}" in table
-    assert f"That is more than the spread over seeds ({spread:.4f}" in table
+    assert "Over seeds: mean ± standard deviation [lowest, highest] (minus the baseline's mean)." in table
+    [found] = verdicts(*runs)
+    by_S = losses["engram"] - losses["moe"]
+    assert list(found.by_seed) == ["0", "1", "2"] and found.paired.values == pytest.approx(by_S)
+    assert found.paired.interval() == pytest.approx(student_interval(by_S))
+    assert found.spread == ("more" if student_interval(by_S)[1] < 0 else "within")
 
 
-def test_a_difference_within_the_spread_is_called_so(tmp_path):
-    moe = [write_run(tmp_path / f"m{i}", seed(MOE, i), 3.5 + 0.1 * i) for i in range(2)]
-    engram = [write_run(tmp_path / f"e{i}", seed(ENGRAM, i), 3.42 + 0.1 * i) for i in range(2)]
-    table = compared(*moe, *engram)
-    assert "0.0800 nats per token below" in table and "NOT more than the spread over seeds (0.1000" in table
+def test_a_difference_is_held_against_the_spread_of_its_pairs(tmp_path):
+    """What a seed does to both runs is no doubt about their difference; what it does to one of them is."""
+    moe = [write_run(tmp_path / f"m{i}", seed(MOE, i), 3.5 + 0.1 * i) for i in range(3)]
+    alike = [write_run(tmp_path / f"a{i}", seed(ENGRAM, i), 3.42 + 0.1 * i + 0.001 * i) for i in range(3)]
+    [found] = verdicts(*moe, *alike)
+    assert found.difference == pytest.approx(-0.079) and found.spread == "more"
+    apart = [write_run(tmp_path / f"e{i}", seed(ENGRAM, i), 3.42 + 0.1 * (2 - i)) for i in range(3)]
+    [found] = verdicts(*moe, *apart)
+    assert found.difference == pytest.approx(-0.08) and found.spread == "within"
+    other = [write_run(tmp_path / f"o{i}", seed(ENGRAM, 5 + i), 3.0) for i in range(3)]
+    [found] = verdicts(*moe, *other)
+    assert found.spread == "unknown" and found.by_seed == {} and found.paired is None
+
+
+def test_sentences_of_a_verdict():
+    found = Verdict("a", "b", LOSS, None, 3.2, 3.5, {"0": -0.29, "1": -0.30, "2 (data 7)": -0.31})
+    assert headline(found) == "a is 0.3000 nats per token below b (3.2000 against 3.5000)"
+    assert sentence(found) == (
+        "a is 0.3000 nats per token below b (3.2000 against 3.5000). Seed by seed: -0.2900 (seed 0), -0.3000 (seed 1), "
+        "-0.3100 (seed 2 (data 7)); mean -0.3000, 95 % interval -0.3248 to -0.2752. That is more than the spread over "
+        "seeds."
+    )
+    within = Verdict("a", "b", LOSS, None, 3.2, 3.2, {"0": -0.29, "1": 0.30})
+    assert sentence(within).endswith("That is NOT more than the spread over seeds.")
+    one = Verdict("a", "b", BITS, Mismatch("tokenizer"), 1.2, 1.1, {"0": 0.1})
+    assert sentence(one) == (
+        "WARNING: a and b have different tokenizers. Nats per token are not comparable; bits per byte of equal text "
+        "are. a is 0.1000 bits per byte above b (1.2000 against 1.1000). The spread over seeds is unknown: that takes "
+        "two seeds or more that both have."
+    )
+    for mismatch, said in (
+        (
+            Mismatch("text", ("data.corpus",)),
+            "a and b read different text (data.corpus), so their losses are not comparable.",
+        ),
+        (
+            Mismatch("tokens", ("4,000", "5,000")),
+            "a and b were evaluated on 4,000 and 5,000 tokens, so their losses are not",
+        ),
+    ):
+        refused = Verdict("a", "b", None, mismatch)
+        assert sentence(refused).startswith(f"WARNING: {said}") and headline(refused) == "a and b are not comparable"
 
 
 def test_the_data_seed_makes_another_run_too(tmp_path):
@@ -132,15 +186,18 @@ def test_the_data_seed_makes_another_run_too(tmp_path):
 def test_runs_of_one_name_with_other_settings_stay_apart(tmp_path):
     a = write_run(tmp_path / "a", MOE, 3.5)
     b = write_run(tmp_path / "b", replace(MOE, optimizer__learning_rate=1e-3), 3.6)
+    [found] = verdicts(a, b)
+    assert (found.ours, found.theirs) == (f"moe_tiny [{b}]", f"moe_tiny [{a}]")
+    assert found.difference == pytest.approx(0.1)
     table = compared(a, b)
-    assert f"moe_tiny [{b}] is 0.1000 nats per token above moe_tiny [{a}]" in table
     assert "`optimizer.learning_rate: 0.001 here, 0.003 there`" in table
 
 
 def test_an_unfinished_run_is_shown_and_not_compared(tmp_path):
     a, b = write_run(tmp_path / "a", ENGRAM, 3.0, finished=False), write_run(tmp_path / "b", MOE, 3.5)
     table = compared(a, b)
-    assert "engram_tiny (unfinished, step 100 of 300)" in table and "Nothing to compare" in table
+    assert "engram_tiny (unfinished, step 100 of 300)" in table and verdicts(a, b) == []
+    assert "- Nothing to compare: fewer than two finished groups." in table
     assert row(table, "validation loss") == ["3.0000", "3.5000"] and row(table, "steps") == ["100", "300"]
     assert row(table, "0 times") == ["3.5000, 30.0% of tokens"]
     c = write_run(tmp_path / "c", seed(MOE, 1), 3.7)
@@ -157,33 +214,35 @@ def test_an_unfinished_run_alone(tmp_path):
 def test_another_tokenizer_leaves_bits_per_byte(tmp_path):
     a, b = write_run(tmp_path / "a", MOE, 3.5), write_run(tmp_path / "b", ENGRAM, 3.25, tokenizer='{"other": 1}')
     table = compared(a, b)
-    assert "WARNING: engram_tiny and moe_tiny have different tokenizers" in table
-    assert "engram_tiny is 0.1250 bits per byte below moe_tiny" in table
+    [found] = verdicts(a, b)
+    assert found.metric == BITS and found.mismatch == Mismatch("tokenizer") and found.difference == -0.125
     assert row(table, "validation loss")[1] == "3.2500" and row(table, "bits per byte")[1] == "1.6250 (-0.1250)"
     assert "(-" not in row(table, "0 times")[1]
 
 
 @pytest.mark.parametrize(
-    ("changes", "result", "reason"),
+    ("changes", "result", "mismatch"),
     [
-        ({"data__corpus": "elsewhere"}, {}, "different text (data.corpus)"),
-        ({"data__holdout_fraction": 0.1}, {}, "different text (data.holdout_fraction)"),
-        ({}, {"corpus_sha256": "b"}, "different text (corpus_sha256)"),
-        ({}, {"num_tokens": 4000}, "evaluated on 4,000 and 5,000 tokens"),
+        ({"data__corpus": "elsewhere"}, {}, Mismatch("text", ("data.corpus",))),
+        ({"data__holdout_fraction": 0.1}, {}, Mismatch("text", ("data.holdout_fraction",))),
+        ({}, {"corpus_sha256": "b"}, Mismatch("text", ("corpus_sha256",))),
+        ({}, {"num_tokens": 4000}, Mismatch("tokens", ("4,000", "5,000"))),
     ],
 )
-def test_losses_on_other_text_are_not_compared(tmp_path, changes, result, reason):
+def test_losses_on_other_text_are_not_compared(tmp_path, changes, result, mismatch):
     a = write_run(tmp_path / "a", MOE, 3.5, corpus_sha256="a" if "corpus_sha256" in result else None)
     b = write_run(tmp_path / "b", replace(ENGRAM, **changes), 3.25, **result)
     table = compared(a, b)
-    assert "WARNING: " in table and reason in table and "not comparable" in table and "below" not in table
+    [found] = verdicts(a, b)
+    assert found.metric is None and found.mismatch == mismatch and f"- {sentence(found)}" in table
     assert row(table, "validation loss")[1] == "3.2500" and row(table, "bits per byte")[1] == "1.6250"
 
 
 def test_the_same_documents_by_another_path_are_compared(tmp_path):
     a = write_run(tmp_path / "a", replace(MOE, data__corpus="here"), 3.5, corpus_sha256="a")
     b = write_run(tmp_path / "b", replace(ENGRAM, data__corpus="there"), 3.25, corpus_sha256="a")
-    assert "0.2500 nats per token below" in compared(a, b)
+    [found] = verdicts(a, b)
+    assert found.metric == LOSS and found.difference == -0.25
 
 
 def test_buckets_of_another_ngram_order_are_not_compared(tmp_path):
@@ -220,6 +279,23 @@ def test_picture_and_table_are_written_beside_the_first_run(capsys, tmp_path):
     assert 0 < share_of(pixels, STYLES[0][0]) < 0.1 and share_of(pixels, STYLES[2][0]) == 0
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_picture_speaks_of_seeds_where_there_are_some(tmp_path, seeds):
+    runs = [write_run(tmp_path / f"m{i}", seed(MOE, i), 3.5 + 0.01 * i) for i in range(seeds)]
+    runs += [write_run(tmp_path / f"e{i}", seed(ENGRAM, i), 3.25) for i in range(seeds)]
+    made = comparison_figure(groups_of(*runs), headline(verdicts(*runs)[0]))
+    check_picture(made)
+    [title] = [axes.get_title() for axes in made.axes if axes.get_title().startswith("Difference")]
+    dots = [line for line in made.axes[-1].lines if line.get_marker() == "."]
+    assert ("dots" in title) == (seeds > 1) == bool(dots)
+
+
+def test_long_names_stay_on_the_canvas(tmp_path):
+    a = write_run(tmp_path / "a", replace(MOE, name="moe_" + 12 * "long_"), 3.5)
+    b = write_run(tmp_path / "b", replace(ENGRAM, name="engram_" + 12 * "long_"), 3.25)
+    check_picture(comparison_figure(groups_of(a, b), headline(verdicts(a, b)[0])))
+
+
 def test_picture_of_an_unfinished_run_alone_has_its_curve(capsys, tmp_path):
     assert main([str(write_run(tmp_path / "a", MOE, 3.5, finished=False)), "--output", str(tmp_path / "out")]) == 0
     assert share_of(picture(tmp_path / "out"), STYLES[0][0]) > 0.001
@@ -252,27 +328,27 @@ def test_an_output_that_cannot_be_written_is_one_line(capsys, monkeypatch, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("damage", "status", "message"),
     [
-        (lambda path: (path / "config.json").unlink(), "it has no config.json"),
-        (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer.json"),
-        (lambda path: (path / "metrics.jsonl").unlink(), "no metrics.jsonl"),
-        (lambda path: (path / "config.json").write_text('{"nmae": "x"}'), "no field nmae"),
-        (lambda path: (path / "result.json").write_text("{"), "cannot be read"),
+        (lambda path: (path / "config.json").unlink(), FAILED, "it has no config.json"),
+        (lambda path: (path / "tokenizer.json").unlink(), MISTAKEN, "no tokenizer.json"),
+        (lambda path: (path / "metrics.jsonl").unlink(), MISTAKEN, "no metrics.jsonl"),
+        (lambda path: (path / "config.json").write_text('{"nmae": "x"}'), MISTAKEN, "no field nmae"),
+        (lambda path: (path / "result.json").write_text("{"), MISTAKEN, "cannot be read"),
     ],
 )
-def test_a_damaged_run_is_refused(capsys, tmp_path, damage, message):
+def test_a_damaged_run_is_refused(capsys, tmp_path, damage, status, message):
     path = write_run(tmp_path / "a", MOE, 3.5)
     damage(path)
-    error = refused(capsys, path)
+    error = refused(capsys, path, status=status)
     assert message in error and str(path) in error
 
 
 def test_a_missing_folder_no_folder_and_a_run_given_twice(capsys, tmp_path):
     path = write_run(tmp_path / "a", MOE, 3.5)
-    assert "not a folder" in refused(capsys, tmp_path / "b")
+    assert "is not a run" in refused(capsys, tmp_path / "b", status=FAILED)
     assert "give the folders" in refused(capsys)
-    assert "the same run" in refused(capsys, path, path)
+    assert "equal settings and seeds: leave one of them out" in refused(capsys, path, path)
 
 
 def test_help_is_quick_and_says_what_is_written():
@@ -284,8 +360,8 @@ def test_help_is_quick_and_says_what_is_written():
     assert "compare.png" in done.stdout and "--output" in done.stdout
 
 
-def test_smoothing_is_a_centred_mean():
-    values = np.random.default_rng().normal(size=95)
+def test_smoothing_is_a_centred_mean(rng):
+    values = rng.normal(size=95)
     half = 3
     expected = [values[max(i - half, 0) : min(i + half, 94) + 1].mean() for i in range(95)]
     np.testing.assert_allclose(smoothed(values), expected, rtol=1e-12)

@@ -8,10 +8,10 @@ import pytest
 
 from engram_jax.aot.chips import topology
 from engram_jax.aot.slices import laid_out
+from engram_jax.commands import run_options
 from engram_jax.config import ConfigError, replace, to_dict
 from engram_jax.counts import flops_per_token, leaves, parameters
 from engram_jax.runs import settings
-from experiments import run as run_command
 from experiments.plan import main, plan
 from experiments.pods import estimates
 from experiments.pods.launch import commands, gcloud_type, overrides
@@ -33,8 +33,8 @@ def replayed(line):
     """The run that a printed `python -m experiments.run` line trains."""
     words = shlex.split(line)
     assert words[:3] == ["python", "-m", "experiments.run"]
-    rest, where = run_command.take_slice(words[4:])
-    return run_command.parse(where(build(words[3])), rest).config
+    rest, where = run_options.take_slice(words[4:])
+    return run_options.parse(where(build(words[3])), rest, "command", "about").config
 
 
 def with_text(run):
@@ -169,16 +169,19 @@ def test_the_compilers_numbers_are_shown_as_such(capsys, said, monkeypatch, kind
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--budget", "2e20"], "say for which chips: --topology v5p-64"),
-        (["--topology", "v5p-64"], "say how many training FLOPs"),
+        (["--budget", "2e20"], "--topology is missing"),
+        (["--topology", "v5p-64"], "--budget 0 must be positive"),
         (["--budget", "1e30", "--topology", "v5p-64"], "outside of 1e+14 to 1e+23"),
         (["--budget", "1e3", "--topology", "v5p-64"], "outside of 1e+14 to 1e+23"),
-        (["--budget", "2e20", "--topology", "v9-3"], "write a chip (v4, v5e, v5p, v6e, 7x)"),
+        (["--budget", "2e20", "--topology", "v9-3"], "Use a chip (v4, v5e, v5p, v6e, 7x)"),
         (["--budget", "2e20", "--topology", "v5p-63"], "v5p-64 = 4x4x4"),
         (["--budget", "2e14", "--topology", "v5p-512"], "512 devices: at 2e+14 FLOPs a step has about 54 sequences"),
-        (["--budget", "2e20", "--topology", "v5p-64", "--kinds", "moo"], "--kinds moo: there are dense, moe, engram"),
+        (
+            ["--budget", "2e20", "--topology", "v5p-64", "--kinds", "moo"],
+            "--kinds moo is unknown. The kinds are dense",
+        ),
         (["--budget", "2e20", "--topology", "v5p-64", "--rho", "2"], "rho=2.0 must lie"),
-        (["--budget", "2e20", "--topology", "v5p-64", "--kinds"], "--kinds : there are dense"),
+        (["--budget", "2e20", "--topology", "v5p-64", "--kinds"], "--kinds is empty. Give some of dense"),
         (["--budget", "2e20", "--topology", "v5p-64", "--tokens_per_parameter", "inf"], "positive and finite"),
         (["--bugdet", "2e20"], "the nearest is '--budget'"),
     ],

@@ -1,11 +1,12 @@
-"""Studies: equal costs are proved, and the report says what its numbers say."""
+"""Studies: equal costs are proved, and the findings are those of the numbers."""
 
 import json
 import re
 
 import numpy as np
 import pytest
-from finished_runs import finish
+from finished_runs import findings_of, finish, the
+from pictures import check_picture
 from scipy import stats
 
 from engram_jax.config import ConfigError, replace
@@ -17,7 +18,11 @@ from experiments.studies import STUDIES
 from experiments.studies.engine import fits
 from experiments.studies.engine.declared import TOTAL, Point, by_series, prove
 from experiments.studies.engine.execute import run_dir
+from experiments.studies.engine.findings import Best, Line, NotFitted, Unfinished, Valley, difference_of
+from experiments.studies.engine.picture import ABOVE, figure
 from experiments.studies.engine.report import write_report
+from experiments.studies.engine.results import results
+from experiments.studies.engine.sentences import difference, sentences
 from experiments.studies.trained.allocation import ALLOCATION
 
 
@@ -99,9 +104,10 @@ def test_seeds_change_weights_and_order_alike(points):
     [
         (["allocaton"], "nearest is 'allocation'"),
         (["--seeds", "2"], "name comes first"),
-        (["allocation", "--scale", "huge"], "--scale huge: allocation has tiny, small"),
-        (["allocation", "--seeds", "0"], "--seeds 0: give 1 or more"),
-        (["allocation", "--train.seed", "3"], "train.seed=3: a study numbers its seeds"),
+        (["nothing"], "there is no study 'nothing'; there are pair, allocation"),
+        (["allocation", "--scale", "huge"], "--scale huge: allocation has no such size; it has tiny, small"),
+        (["allocation", "--seeds", "0"], "--seeds 0 must be 1 or more"),
+        (["allocation", "--train.seed", "3"], "train.seed=3: a study sets the seeds itself"),
         (["allocation", "--train.step", "3"], "nearest is '--train.steps'"),
         (["allocation", "--model.moe.n_routed_experts", "3"], "model.moe.n_routed_experts=3 .*allows only"),
         (["allocation", "--model.num_hidden_layers", "2"], "model.num_hidden_layers=2"),
@@ -126,17 +132,22 @@ def test_print_shows_the_plan_and_trains_nothing(capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-# --- the report ---
+# --- the findings ---
 
 
 def test_a_valley_is_found_with_its_interval(tmp_path, points):
     valley(points, tmp_path, seeds=3, lowest=72)
+    found = findings_of(ALLOCATION, points, 3, tmp_path)
+    curve = the(found, Valley)
+    assert curve.is_found and curve.low < curve.lowest < curve.high and curve.high - curve.low < 10
+    assert curve.lowest == pytest.approx(72, abs=2) and (curve.first, curve.last) == (points[0].x, points[-1].x)
+    best = the(found, Best)
+    assert best.difference.theirs == best.baseline == "rho100" and best.points == len(points)
+    assert best.difference.spread == "more"  # though seeds lie 0.1 apart
+
     text = write_report(ALLOCATION, points, 3, tmp_path)
-    found = re.search(r"lowest at ([\d.]+) \(95 % interval ([\d.]+) to ([\d.]+)\)", text)
-    assert found
-    where, low, high = map(float, found.groups())
-    assert low < where < high and where == pytest.approx(72, abs=2) and high - low < 10
-    assert "against rho100: -0.0" in text and "): more than the spread" in text  # though seeds lie 0.1 apart
+    for finding in found:
+        assert all(f"- {sentence}" in text for sentence in sentences(finding))
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * len(points)
     for point in points:
@@ -151,16 +162,19 @@ def test_noise_is_not_called_a_valley(tmp_path, points):
     for point in points:
         for seed in range(3):
             finish(point.seeded(seed), run_dir(tmp_path, point, seed), 4 + rng.normal(0, 0.02))
-    text = write_report(ALLOCATION, points, 3, tmp_path)
-    assert "Nothing found beyond the spread about where" in text and "parabola is lowest" not in text
+    assert not the(findings_of(ALLOCATION, points, 3, tmp_path), Valley).is_found
 
 
 def test_unfinished_studies_say_so(tmp_path, points):
     with pytest.raises(RunError, match="no finished run yet"):
         write_report(ALLOCATION, points, 2, tmp_path)
     valley(points, tmp_path, seeds=1, lowest=72)
-    text = write_report(ALLOCATION, points, 2, tmp_path)
-    assert f"NOT finished: {len(points)} of {2 * len(points)} runs" in text and "takes two seeds" in text
+    found = findings_of(ALLOCATION, points, 2, tmp_path)
+    assert the(found, Unfinished) == Unfinished(len(points), 2 * len(points))
+    assert the(found, NotFitted).lacks == "two seeds" and the(found, Best).difference.spread == "unknown"
+    for point in points[1:]:
+        (run_dir(tmp_path, point, 0) / "result.json").unlink()
+    assert the(findings_of(ALLOCATION, points, 1, tmp_path), NotFitted).lacks == "a whole seed"
 
 
 def test_another_corpus_is_refused(tmp_path, points):
@@ -180,7 +194,6 @@ def test_a_lines_slope_and_interval():
         low, high = curve.interval(lambda c: c[0])
         held += low < -0.05 < high
     assert 86 <= held <= 100
-    assert re.search(r"falls along the fitted line by -0\.0[456]", fits.sentence(curve, x, "slots"))
     # Against the interval of ordinary least squares, which is Student's: few points are as well served as many.
     for P, S in ((4, 2), (4, 3), (7, 3)):
         loss_PS = rng.normal(4, 0.01, (P, S))
@@ -190,14 +203,54 @@ def test_a_lines_slope_and_interval():
         slope, freedom = (from_mean @ centred).sum() / (S * from_mean @ from_mean), P * S - S - 1
         error = np.sqrt(np.square(centred - slope * from_mean[:, None]).sum() / freedom / (S * from_mean @ from_mean))
         assert (high - low) / 2 == pytest.approx(stats.t.ppf(0.975, freedom) * error, rel=0.12)
-    flat = fits.fit("log_line", x, rng.normal(4, 0.01, (7, 3)))
-    assert fits.sentence(flat, x, "slots").startswith("Nothing found")
 
 
 def test_differences_are_held_against_the_spread():
-    a = np.array([4.0, 4.5, 4.1])
-    clear = fits.difference(a, a + np.array([0.30, 0.31, 0.32]), "a", "b")
+    clear = difference_of(-np.array([0.30, 0.31, 0.32]), "a", "b")
     # Mean 0.31, standard deviation 0.01, and 4.3027 of Student's t with 2 degrees of freedom.
-    assert "-0.3100 nats" in clear and "interval -0.3348 to -0.2852): more than" in clear
-    assert "): nothing found" in fits.difference(a, a + np.array([0.1, -0.05, 0.2]), "a", "b")
-    assert "unknown" in fits.difference(a[:1], a[:1] + 0.3, "a", "b")
+    assert clear.spread == "more" and clear.by.interval() == pytest.approx((-0.3348, -0.2852), abs=5e-5)
+    assert difference_of(np.array([0.1, -0.05, 0.2]), "a", "b").spread == "within"
+    assert difference_of(np.array([0.3]), "a", "b").spread == "unknown"
+
+
+# --- sentences: one test for each kind ---
+
+
+def test_sentence_of_a_difference():
+    by_S = -np.array([0.30, 0.31, 0.32])
+    assert difference(difference_of(by_S, "a", "b")) == (
+        "a against b: -0.3100 nats per token (seed by seed -0.3000, -0.3100, -0.3200; "
+        "95 % interval -0.3348 to -0.2852): more than the spread over seeds."
+    )
+    assert "with one seed the spread over seeds is unknown" in difference(difference_of(by_S[:1], "a", "b"))
+
+
+def test_sentences_of_curves():
+    valley = Valley("C", "rho", 72.04, 70.0, 75.0, 40.0, 100.0, 0.4, True)
+    assert sentences(valley) == [
+        "C: The fitted parabola is lowest at 72.0 (95 % interval 70.0 to 75.0), on the axis of 'rho'."
+    ]
+    [beyond] = sentences(Valley("", "rho", 72.0, 30.0, 75.0, 40.0, 100.0, 0.001, False))
+    assert beyond.startswith("Where the loss is lowest is not found") and "points do not follow the curve" in beyond
+    assert sentences(Line("", -0.05, -0.06, -0.04, 0.4, True)) == [
+        "The loss falls along the fitted line by -0.0500 nats per decade (95 % interval -0.0600 to -0.0400)."
+    ]
+    [flat] = sentences(Line("", 0.01, -0.06, 0.04, 0.4, True))
+    assert flat.startswith("The fitted line's slope is not more than the spread")
+    assert sentences(NotFitted("", "a whole seed")) == ["No seed has all its points yet, so nothing is compared."]
+    assert sentences(Best("", "b", None, 3)) == ["No point is better than b, the baseline."]
+    assert sentences(Unfinished(2, 6)) == ["NOT finished: 2 of 6 runs are missing."]
+
+
+# --- the picture ---
+
+
+def test_both_panels_of_a_valley_show_the_loss_above_the_lowest_point(tmp_path, points):
+    """Also with one budget, and with too few points for a curve."""
+    valley(points, tmp_path, seeds=2, lowest=72)
+    for shown in (points, points[:3]):
+        made = figure(ALLOCATION, shown, results(shown, 2, tmp_path))
+        check_picture(made)
+        ours, papers = made.axes
+        assert ours.get_ylabel() == papers.get_ylabel() == ABOVE
+        assert min(line.get_ydata().min() for line in ours.lines if len(line.get_xdata())) < 0.02

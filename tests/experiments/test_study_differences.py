@@ -1,23 +1,29 @@
-"""Studies whose points have no order, and studies of several curves: comparisons, verdicts, pictures."""
+"""Studies whose points have no order, and studies of several curves: comparisons, findings, pictures."""
 
 import json
-import re
 
 import numpy as np
 import pytest
-from finished_runs import finish
+from finished_runs import findings_of, finish, the
+from pictures import check_picture
 from scipy import stats
 
 from engram_jax.config import ConfigError, replace
 from engram_jax.config import differences as differences_of
 from engram_jax.counts import flops_per_token, parameters
+from engram_jax.evaluation.over_seeds import OverSeeds
 from experiments import study as command
 from experiments.runs.sizes import engram_tiny
 from experiments.studies import STUDIES
 from experiments.studies.engine import differences, fits
 from experiments.studies.engine.declared import ACTIVE, FLOPS, TOTAL, Point, by_series, prove
+from experiments.studies.engine.differences import Comparison, Differences
 from experiments.studies.engine.execute import run_dir
+from experiments.studies.engine.findings import Best, Line, LinesApart, LowestMoved, Unfinished, Valley, difference_of
+from experiments.studies.engine.picture import figure
 from experiments.studies.engine.report import budget_notes, write_report
+from experiments.studies.engine.results import results
+from experiments.studies.engine.sentences import sentences
 from experiments.studies.trained.allocation import ALLOCATION
 from experiments.studies.trained.layers import LAYERS
 
@@ -83,11 +89,11 @@ def test_a_study_of_noise_finds_something_once_in_twenty(layers):
             for seed in range(3)
         ]
         compared = differences.compare(LAYERS, layers, rows)
-        found += any(each.p_pooled < 0.05 for each in compared)
+        found += any(each.p_pooled < 0.05 for each in compared.comparisons)
     assert 1 <= found <= 20
 
 
-# --- the report ---
+# --- the findings ---
 
 
 def test_differences_are_judged_and_shown_beside_the_papers(tmp_path, layers):
@@ -98,19 +104,20 @@ def test_differences_are_judged_and_shown_beside_the_papers(tmp_path, layers):
         for seed in range(3):
             losses[point.name, seed] = 4 + by.get(point.name, 0) + 0.3 * seed + rng.normal(0, 0.006)
             write(point, seed, tmp_path, losses[point.name, seed])
+    found = the(findings_of(LAYERS, layers, 3, tmp_path), Differences)
+    of = {each.name: each for each in found.comparisons}
+    assert found.baseline == "two" and list(of) == ["layer0", "layer1", "layer2", "layer3", "moe"]
+    expected = [losses["layer0", seed] - losses["two", seed] for seed in range(3)]
+    assert of["layer0"].by.values == pytest.approx(expected) and of["layer0"].paper == pytest.approx(0.0052, abs=1e-4)
+    assert of["layer0"].spread == "more" and of["layer3"].spread == "more if all points scatter alike"
+    assert {of[name].spread for name in ("layer1", "layer2", "moe")} == {"within"}
+    assert found.found("more") == {"better": [], "worse": ["layer0"]}
+
     text = write_report(LAYERS, layers, 3, tmp_path)
-    verdict = text.split("## Differences")[0]
-    layer0 = [losses["layer0", seed] - losses["two", seed] for seed in range(3)]
-    assert f"layer0 against two: {np.mean(layer0):+.4f} nats per token" in verdict
-    assert re.search(
-        r"layer0 against two.*more than the spread among 5 comparisons \(p = .*The paper: \+0.0052", verdict
-    )
-    assert re.search(r"layer3 against two.*if all points scatter alike", verdict)
-    for nothing in ("layer1", "layer2", "moe"):
-        assert re.search(rf"{nothing} against two.*nothing found beyond the spread", verdict)
-    assert "layer0 worse. And if all points scatter alike: layer3 worse." in verdict
-    low, high = fits.interval(np.array(layer0))
-    assert f"| layer0 | 3 | {np.mean(layer0):+.4f} | {low:+.4f} to {high:+.4f} |" in text
+    assert all(f"- {sentence}" in text for sentence in sentences(found))
+    low, high = of["layer0"].by.interval()
+    row = [cell.strip() for cell in next(x for x in text.splitlines() if x.startswith("| layer0")).split("|")[1:-1]]
+    assert row[:4] == ["layer0", "3", f"{np.mean(expected):+.4f}", f"{low:+.4f} to {high:+.4f}"]
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -118,12 +125,88 @@ def test_seeds_that_only_some_points_have_are_used(tmp_path, layers):
     for point in layers[:3]:
         write(point, 0, tmp_path, 4.0)
     write(layers[1], 1, tmp_path, 4.1)  # of no use: the baseline lacks it
-    text = write_report(LAYERS, layers, 2, tmp_path)
-    assert "NOT finished: 8 of 12" in text and "layer0 against two: +0.0000" in text
-    assert "with one seed its spread is unknown" in text and "layer3 against" not in text
+    found = findings_of(LAYERS, layers, 2, tmp_path)
+    assert the(found, Unfinished) == Unfinished(8, 12)
+    compared = the(found, Differences).comparisons
+    assert [(each.name, each.by.values, each.spread) for each in compared] == [
+        ("layer0", (0.0,), "unknown"),
+        ("layer1", (0.0,), "unknown"),
+    ]
     only = tmp_path / "only"
     write(layers[1], 0, only, 4.0)
-    assert "Nothing is compared: no seed has both two and" in write_report(LAYERS, layers, 1, only)
+    assert the(findings_of(LAYERS, layers, 1, only), Differences).comparisons == ()
+
+
+def test_sentences_of_differences():
+    clear = Comparison("a", OverSeeds((-0.30, -0.31, -0.32)), 0.001, 0.001, -0.2)
+    alike = Comparison("b", OverSeeds((0.02, 0.03)), 0.2, 0.01)
+    nothing, one = (
+        Comparison("c", OverSeeds((0.02, -0.03)), 0.9, 0.8),
+        Comparison("d", OverSeeds((0.1,)), np.nan, np.nan),
+    )
+    summary, *each = sentences(Differences("two", (clear, alike, nothing, one)))
+    assert summary == (
+        "4 points are compared with two. More than the spread: a better. If all points scatter alike, also: b worse."
+    )
+    assert each[0].startswith("a against two: -0.3100 nats per token (seed by seed -0.3000, -0.3100, -0.3200; 95 % ")
+    assert each[0].endswith("more than the spread among 4 comparisons (p = 0.001). (The paper: -0.2000.)")
+    assert each[1].endswith("if all points scatter alike (p = 0.01; by its own scatter p = 0.2).")
+    assert each[2].endswith(
+        "not more than the spread among 4 comparisons (p = 0.9; by the scatter of all points p = 0.8)."
+    )
+    assert each[3].endswith("(seed by seed +0.1000): with one seed its spread is unknown.")
+    assert sentences(Differences("two", ())) == [
+        "Nothing is compared: no seed has both two and another point finished."
+    ]
+
+
+# --- the picture of a list ---
+
+
+def drawn(axes):
+    """(y, smallest x, largest x) of every line and mark, the axis of 0 left out."""
+    lines = [line for line in axes.lines if len(set(line.get_ydata())) == 1]
+    return [(line.get_ydata()[0], min(line.get_xdata()), max(line.get_xdata())) for line in lines]
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_intervals_stay_in_the_frame(tmp_path, layers, seeds):
+    """Whole, or cut with an arrow at the edge: two seeds' intervals are six times as wide as five's."""
+    rng = np.random.default_rng(21)
+    for point in layers:
+        for seed in range(seeds):
+            write(point, seed, tmp_path, 4 + rng.normal(0, 0.01))
+    made = figure(LAYERS, layers, results(layers, seeds, tmp_path))
+    check_picture(made)
+    axes = made.axes[0]
+    low, high = axes.get_xlim()
+    assert all(low <= first and last <= high for _, first, last in drawn(axes))
+    for y, each in enumerate(the(findings_of(LAYERS, layers, seeds, tmp_path), Differences).comparisons):
+        ends = each.by.interval() or each.by.values
+        arrows = {line.get_marker() for line in axes.lines if line.get_ydata()[0] == y and len(line.get_ydata()) == 1}
+        assert ("<" in arrows) == (ends[0] < low) and (">" in arrows) == (ends[-1] > high)
+
+
+def test_one_comparison_fills_its_canvas(tmp_path):
+    """The height follows the rows, and the numbers stand beside few points."""
+    study = STUDIES["pair"]
+    points = study.at(study.scales["tiny"]())
+    for seed in range(3):
+        write(points[0], seed, tmp_path, 4.2 + 0.1 * seed)
+        write(points[1], seed, tmp_path, 4.07 + 0.1 * seed + 0.001 * seed)
+    made = figure(study, points, results(points, 3, tmp_path))
+    check_picture(made)
+    width, height = made.get_size_inches()
+    assert height < 0.4 * width
+    assert [text.get_text() for text in made.axes[0].texts] == ["-0.1290 (-0.1315 to -0.1265)"]
+
+
+def test_a_far_point_is_written_at_the_edge(tmp_path, layers):
+    for point in layers:
+        write(point, 0, tmp_path, 4 + {"moe": 0.16, "two": 0}.get(point.name, 0.01))
+    made = figure(LAYERS, layers, results(layers, 1, tmp_path))
+    check_picture(made)
+    assert [text.get_text() for text in made.axes[0].texts] == ["+0.1600 \u2192"] and made.axes[0].get_xlim()[1] < 0.1
 
 
 # --- what the studies declare ---
@@ -230,17 +313,32 @@ def test_each_budget_has_its_curve(tmp_path):
         for seed in range(3):
             loss = height[point.series] + 4e-5 * (point.x - lowest[point.series]) ** 2 + rng.normal(0, 0.002)
             write(point, seed, tmp_path, loss)
-    text = write_report(ALLOCATION, points, 3, tmp_path)
+    found = findings_of(ALLOCATION, points, 3, tmp_path)
     for series, where in lowest.items():
-        found = re.search(rf"^- {series}: The fitted parabola is lowest at ([\d.]+)", text, re.MULTILINE)
-        assert found and float(found.group(1)) == pytest.approx(where, abs=3)
-    moved = re.search(r"3C's lowest point against C's: \+([\d.]+) .*more than the spread", text)
-    assert moved and float(moved.group(1)) == pytest.approx(15, abs=4)
-    assert re.search(r"- 3C: 3C-rho\d+ against 3C-rho100: -0\.0", text)
+        assert the(found, Valley, series=series).lowest == pytest.approx(where, abs=3)
+    moved = the(found, LowestMoved, ours="3C", theirs="C")
+    assert moved.is_found and moved.by == pytest.approx(15, abs=4)
+    assert the(found, Best, series="3C").difference.theirs == "3C-rho100"
+    write_report(ALLOCATION, points, 3, tmp_path)
     assert (tmp_path / "study.png").stat().st_size > 10_000
     # With one budget's runs alone, that one is reported.
-    part = write_report(ALLOCATION, [point for point in points if point.series == "C"], 3, tmp_path)
-    assert "- C: The fitted parabola" in part and "3C" not in part.split("## Verdict")[1]
+    part = findings_of(ALLOCATION, [point for point in points if point.series == "C"], 3, tmp_path)
+    assert {type(finding) for finding in part} == {Valley, Best}
+
+
+def test_sentences_between_curves():
+    [moved] = sentences(LowestMoved("3C", "C", "rho", 15.0, 12.0, 18.0))
+    assert moved == (
+        "3C's lowest point against C's: +15.0 (95 % interval +12.0 to +18.0) on the axis of 'rho': more than the "
+        "spread."
+    )
+    [lacking] = sentences(LowestMoved("3C", "C", "rho", lacks="a lowest point"))
+    assert lacking == "3C's lowest point against C's: not compared. That takes a lowest point, for both."
+    by = difference_of(np.array([-0.07, -0.08, -0.075]), "A", "B")
+    [apart] = sentences(LinesApart(by, "A", "B", 83_716.2, 5.6, ("B",)))
+    assert apart.startswith("A's line at x = 83,716 against B's: -0.0750 nats per token")
+    assert "B's line has the same loss at 5.60 times the x" in apart and "points of B do not follow a line" in apart
+    assert sentences(LinesApart(None, "A", "B")) == ["A and B have no x in common, so their lines are not compared."]
 
 
 def test_two_lines_are_compared_where_both_have_slots(tmp_path):
@@ -251,20 +349,21 @@ def test_two_lines_are_compared_where_both_have_slots(tmp_path):
         for seed in range(3):
             by = 0.05 * np.log10(2) if point.series == "OverEncoding" else 0
             write(point, seed, tmp_path, 5 - 0.05 * np.log10(point.x) + by + 0.2 * seed + rng.normal(0, 1e-4))
-    text = write_report(study, points, 3, tmp_path)
-    assert "- Engram: The loss falls along the fitted line by -0.0" in text
-    assert "- OverEncoding: The loss falls along the fitted line by -0.0" in text
-    found = re.search(
-        r"Engram's line at x = ([\d,]+) against OverEncoding's: (-0\.\d+).*more than.* at ([\d.]+) times", text
-    )
-    assert found and float(found.group(2)) == pytest.approx(-0.05 * np.log10(2), abs=1e-3)
-    assert float(found.group(3)) == pytest.approx(2, rel=0.05) and "do not follow" not in text
+    found = findings_of(study, points, 3, tmp_path)
+    for series in ("Engram", "OverEncoding"):
+        line = the(found, Line, series=series)
+        assert line.is_found and line.slope == pytest.approx(-0.05, abs=1e-3)
+    apart = the(found, LinesApart)
+    assert (apart.ours, apart.theirs, apart.missed) == ("Engram", "OverEncoding", ())
+    assert apart.difference.by.mean == pytest.approx(-0.05 * np.log10(2), abs=1e-3)
+    assert apart.difference.spread == "more" and apart.times == pytest.approx(2, rel=0.05)
     few = [point for point in points if (point.x > 100_000) is (point.series == "OverEncoding")]
-    assert "have no x in common" in write_report(study, few, 3, tmp_path)
+    assert the(findings_of(study, few, 3, tmp_path), LinesApart).difference is None
     for point in points:  # and where OverEncoding follows no line, what is read off it is not said alone
         for seed in range(3 if point.series == "OverEncoding" else 0):
             write(point, seed, tmp_path, 4.9 - 0.02 * np.log10(point.x / 1e4) ** 3 + rng.normal(0, 1e-4))
-    assert "points of OverEncoding do not follow a line" in write_report(study, points, 3, tmp_path)
+    assert the(findings_of(study, points, 3, tmp_path), LinesApart).missed == ("OverEncoding",)
+    check_picture(figure(study, points, results(points, 3, tmp_path)))
 
 
 def test_the_offset_of_two_lines_is_read_where_both_are():
@@ -288,7 +387,7 @@ def test_a_curve_that_the_points_do_not_follow_says_so():
     assert missed <= 6
     step = np.where(x == 100, 0.2, 0)[:, None] + rng.normal(0, 0.005, (7, 3))
     curve = fits.fit("valley", x, step)
-    assert curve and "do not follow the curve" in fits.sentence(curve, x, "rho")
+    assert curve and not curve.is_followed
 
 
 # --- some points of a study ---
@@ -310,7 +409,7 @@ def test_some_points_are_trained_and_all_are_planned(capsys, tmp_path, monkeypat
     assert trained[2:] == ["moe-seed0"]
     assert len(json.loads((tmp_path / "layers/tiny/plan.json").read_text())["points"]) == 6
     capsys.readouterr()
-    for arguments, message in {("layer1",): "add two, which", ("two", "layer9"): "--points layer9: layers has"}.items():
+    for arguments, message in {("layer1",): "add two, which", ("two", "layer9"): "layers has no such point"}.items():
         assert command.main([*some, *arguments]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
@@ -318,6 +417,6 @@ def test_some_points_are_trained_and_all_are_planned(capsys, tmp_path, monkeypat
 
 def test_all_studies_with_a_list_have_a_baseline_among_their_points():
     for study in STUDIES.values():
-        if study.shape == "differences" and not study.analyse:
+        if study.shape == "differences" and not study.analysis:
             points = study.at(study.scales["tiny"]())
             assert study.baseline in {point.name for point in points}

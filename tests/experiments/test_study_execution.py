@@ -15,11 +15,11 @@ from finished_runs import finish
 
 from engram_jax.config import ConfigError, replace
 from engram_jax.errors import MISTAKEN, TERMINATED
+from engram_jax.files import write_text
 from experiments import study as command
 from experiments.studies import STUDIES
 from experiments.studies.engine.declared import Point
 from experiments.studies.engine.execute import agree_on_plan, execute, run_dir
-from experiments.studies.engine.files import write_text
 from experiments.studies.engine.finished_runs import runs_from_files
 from experiments.studies.engine.results import results
 
@@ -90,7 +90,7 @@ def test_a_folder_of_another_plan_is_refused(tmp_path, points):
     agree_on_plan(folder, "allocation", points)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
-    with pytest.raises(ConfigError, match=r"holds files and no plan.json"):
+    with pytest.raises(ConfigError, match=r"has files and no plan.json"):
         agree_on_plan(tmp_path / "other", "allocation", points)
 
 
@@ -112,7 +112,7 @@ def test_processes_may_begin_and_report_at_once(tmp_path, points):
 
 def test_a_finished_run_with_other_settings_is_refused(tmp_path, points):
     finish(replace(points[0].seeded(0), train__steps=9), run_dir(tmp_path, points[0], 0))
-    with pytest.raises(ConfigError, match=r"train.steps: 120 here, 9 there.*delete it"):
+    with pytest.raises(ConfigError, match=r"train.steps: 120 here, 9 there.*another --out"):
         execute(tmp_path, points[:2], 1, None, print)
 
 
@@ -149,9 +149,9 @@ def test_what_is_known_is_not_trained_again(tmp_path, points, monkeypatch, capsy
     capsys.readouterr()
     for other in ("--train.steps", "--train.eval_batches_final"):  # how much text a loss is measured on is no detail
         assert command.main(["layers", other, "90", "--print", "--seeds", "2", *theirs, *files]) == MISTAKEN
-        assert "none of the 12 runs there is one of this study's" in capsys.readouterr().err
+        assert "none of its 12 runs belongs to this study" in capsys.readouterr().err
     assert command.main(["layers", "--train.eval_every", "90", "--print", *theirs, *files]) == 0
-    assert "12 are known" in capsys.readouterr().out
+    assert "--results has 12 of them" in capsys.readouterr().out
 
 
 def test_a_report_takes_in_all_that_is_there(tmp_path, points, monkeypatch, capsys):
@@ -199,7 +199,7 @@ def test_a_damaged_result_names_its_file(tmp_path, points, text):
 def test_a_damaged_config_names_its_run(tmp_path, points, text):
     finish(points[0].seeded(0), folder := run_dir(tmp_path, points[0], 0))
     (folder / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match="has a result and no config that can be read"):
+    with pytest.raises(ConfigError, match=r"seed0/config.json cannot be read"):
         results(points[:1], 1, tmp_path)
 
 
@@ -253,7 +253,7 @@ def test_another_corpus_than_that_of_finished_runs_is_refused_before_anything_ru
     monkeypatch.setattr(command, "train", train)
     assert command.main([*pair, "--out", str(tmp_path / "a")]) == TERMINATED  # the first is trusted: nothing is known
     assert command.main([*pair, "--out", str(tmp_path / "a")]) == MISTAKEN
-    assert "not the text that finished runs saw (moe-seed0 for instance)" in capsys.readouterr().err
+    assert "not the text that finished runs saw, such as moe-seed0" in capsys.readouterr().err
     assert command.main([*pair, "--out", str(tmp_path / "a"), "--report_only"]) == 0
     file = tmp_path / "a" / "pair" / "tiny" / "results.jsonl"
     assert command.main([*pair, "--out", str(tmp_path / "b"), "--results", str(file)]) == MISTAKEN
@@ -263,17 +263,42 @@ def test_another_corpus_than_that_of_finished_runs_is_refused_before_anything_ru
 # --- studies that look into runs ---
 
 
-@pytest.fixture
-def looking(monkeypatch):
-    """A study that looks into the pair's runs and says what it was given."""
+class Looking:
+    """An analysis that says what it was given."""
 
-    def analyse(runs, folder):
+    def of_runs(self, runs, folder):
         (folder / "results.jsonl").write_text("{}\n")
         return [f"Looked into {', '.join(f'{run.point}-{run.seed}' for run in runs)}."]
 
-    study = dataclasses.replace(STUDIES["pair"], name="looking", trained_in="pair", analyse=analyse)
-    monkeypatch.setitem(STUDIES, "looking", study)
-    return study
+    def of_rows(self, rows, folder):
+        return [f"Read {rows[0]['number']}."]
+
+
+@pytest.fixture
+def looking():
+    """A study that looks into the pair's runs and says what it was given."""
+    study = dataclasses.replace(STUDIES["pair"], name="looking", trained_in="pair", analysis=Looking())
+    yield STUDIES.register("looking", study)
+    STUDIES.unregister("looking")
+
+
+def test_an_analysis_reports_on_raw_numbers_without_the_runs(capsys, tmp_path, looking):
+    file, out = tmp_path / "rows.jsonl", ["--out", str(tmp_path / "out")]
+    file.write_text('{"number": 7}\n')
+    assert command.main(["looking", "--report_only", "--results", str(file), *out]) == 0
+    report = (tmp_path / "out" / "looking" / "tiny" / "report.md").read_text()
+    assert "Read 7." in report and str(file) in report and "| moe" in report
+    capsys.readouterr()
+    for text, options, message in (
+        ('{"number": 7}', [], "only with --report_only"),
+        ('{"other": 7}', ["--report_only"], "not the raw numbers of looking (KeyError('number'))"),
+        ("", ["--report_only"], "not the raw numbers of looking"),
+        ("no json", ["--report_only"], "not the raw numbers of looking"),
+    ):
+        file.write_text(text)
+        assert command.main(["looking", *options, "--results", str(file), *out]) == MISTAKEN
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
 
 
 def test_runs_are_trained_once_for_all_that_look(capsys, tmp_path, monkeypatch, looking):

@@ -20,8 +20,3 @@ def model(request, tokenizer):
 @pytest.fixture(scope="session")
 def paper_model(tokenizer):
     return built(PAPER, tokenizer)
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng()

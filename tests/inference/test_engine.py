@@ -84,7 +84,7 @@ def test_ends_taken_back_again_and_again(paper_model, rng):
     def windows(engine, prompt):
         """What the memory remembers of the last positions, once one token was drawn after the prompt."""
         engine.generate([prompt], replace(GREEDY, max_tokens=1))
-        return jax.tree.map(lambda kept: kept[:, engine.spare :], (engine._cache.canonical_BW, engine._cache.gated))
+        return jax.tree.map(lambda kept: kept[:, engine.spare :], (engine._cache.canonical_BW, engine._cache.readers))
 
     def small():
         return Engine(*paper_model, batch_size=1, max_len=MAX_LEN, chunk=7, spare=4)

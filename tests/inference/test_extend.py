@@ -24,8 +24,8 @@ def _step(parts, state, tokens_BT, count_B, cache):
 class Sequences:
     """A batch that grows: the tokens each sequence holds, the cache, and the logits after every token."""
 
-    def __init__(self, parts, state, batch=BATCH, reference=None):
-        self.reference = reference or (parts, state)
+    def __init__(self, rng, parts, state, batch=BATCH, reference=None):
+        self.rng, self.reference = rng, reference or (parts, state)
         self.parts, self.state = parts, state
         self.tokens = [[] for _ in range(batch)]
         self.logits = [[] for _ in range(batch)]
@@ -35,7 +35,7 @@ class Sequences:
     def add(self, chunks, width=None):
         """One step with these new tokens of each sequence, padded with other tokens to `width`."""
         width = width or max(len(chunk) for chunk in chunks)
-        tokens = np.random.default_rng().integers(0, VOCAB_SIZE, (len(chunks), width)).astype(np.int32)
+        tokens = self.rng.integers(0, VOCAB_SIZE, (len(chunks), width)).astype(np.int32)
         for row, chunk in zip(tokens, chunks, strict=True):
             row[: len(chunk)] = chunk
         counts = np.array([len(chunk) for chunk in chunks], np.int32)
@@ -66,7 +66,7 @@ def random_tokens(rng, count):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, LENGTH])
 def test_any_chunking_gives_the_logits_of_the_whole(model, rng, size):
-    sequences, tokens = Sequences(*model), [random_tokens(rng, LENGTH) for _ in range(BATCH)]
+    sequences, tokens = Sequences(rng, *model), [random_tokens(rng, LENGTH) for _ in range(BATCH)]
     for start in range(0, LENGTH, size):
         sequences.add([row[start : start + size] for row in tokens], width=size)
     sequences.check()
@@ -74,7 +74,7 @@ def test_any_chunking_gives_the_logits_of_the_whole(model, rng, size):
 
 def test_ragged_prompts_and_decoding_share_a_step(model, rng):
     """Prompts of other lengths in chunks of 7, while sequences that are through with theirs decode or stand still."""
-    sequences = Sequences(*model)
+    sequences = Sequences(rng, *model)
     for width, *counts in ((7, 7, 1, 0), (7, 2, 1, 7), (1, 1, 0, 1), (1, 1, 1, 1), (7, 1, 7, 3)):
         sequences.add([random_tokens(rng, n) for n in counts], width)
     sequences.check()
@@ -82,7 +82,7 @@ def test_ragged_prompts_and_decoding_share_a_step(model, rng):
 
 def test_rejected_drafts_leave_no_trace(model, rng):
     """Rollback of 0 to `spare` tokens, also to the very start, then other tokens in their places."""
-    sequences = Sequences(*model)
+    sequences = Sequences(rng, *model)
     sequences.add([random_tokens(rng, n) for n in (7, 5, 3)])
     sequences.take_back([0, 5, 2])
     sequences.add([random_tokens(rng, n) for n in (5, 7, 7)])
@@ -94,7 +94,7 @@ def test_rejected_drafts_leave_no_trace(model, rng):
 
 
 def test_a_place_can_be_used_again(model, rng):
-    sequences = Sequences(*model)
+    sequences = Sequences(rng, *model)
     sequences.add([random_tokens(rng, 7) for _ in range(BATCH)])
     with jax.set_mesh(sequences.parts.mesh):
         sequences.cache = reset(sequences.cache, jnp.array([True, False, True]))
@@ -105,7 +105,7 @@ def test_a_place_can_be_used_again(model, rng):
 
 
 def test_a_prompt_is_read_once_and_continued_many_times(model, rng):
-    sequences = Sequences(*model)
+    sequences = Sequences(rng, *model)
     sequences.add([random_tokens(rng, n) for n in (7, 4, 1)])
     with jax.set_mesh(sequences.parts.mesh):
         sequences.cache = fork(sequences.cache, jnp.array([1, 0, 1]))

@@ -22,7 +22,7 @@ READERS = {
     "name", ["one branch", *(pytest.param(name, marks=pytest.mark.slow) for name in ("over-encoding", "no gate"))]
 )
 def test_chunks_and_single_tokens_give_the_logits_of_the_whole(name, tokenizer, rng):
-    sequences = Sequences(*built(READERS[name], tokenizer))
+    sequences = Sequences(rng, *built(READERS[name], tokenizer))
     for width, *counts in ((7, 7, 1, 0), (7, 3, 7, 5), (1, 1, 0, 1), (1, 1, 1, 1)):
         sequences.add([random_tokens(rng, n) for n in counts[:BATCH]], width)
     sequences.take_back([3, 1, 5])

@@ -17,7 +17,10 @@ MESHES = {
 def test_the_mesh_changes_nothing(tokenizer, rng, mesh):
     config = PAPER
     sequences = Sequences(
-        *built(replace(config, **MESHES[mesh]), tokenizer, devices=4), batch=4, reference=built(config, tokenizer)
+        rng,
+        *built(replace(config, **MESHES[mesh]), tokenizer, devices=4),
+        batch=4,
+        reference=built(config, tokenizer),
     )
     for width, *counts in ((7, 7, 1, 0, 3), (7, 2, 1, 7, 1), (1, 1, 0, 1, 1)):
         sequences.add([random_tokens(rng, n) for n in counts], width)

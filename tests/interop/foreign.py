@@ -11,7 +11,7 @@ from flax import nnx
 from engram_jax.config import ModelConfig, OptimizerConfig
 from engram_jax.layers.engram import EngramReader
 from engram_jax.memory.quantized import FrozenFP8
-from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
+from engram_jax.registries import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryStore
 
 D, M, LAYER = 48, 4, 1

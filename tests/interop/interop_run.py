@@ -19,7 +19,8 @@ from engram_jax.config import (
     to_dict,
 )
 from engram_jax.data.tokenizer import load_tokenizer
-from engram_jax.runs import run_folder, settings
+from engram_jax.files import write_json
+from engram_jax.runs import run_folder
 from engram_jax.runs.checkpoint import Checkpoints
 from engram_jax.runs.parts import Parts, assemble
 from engram_jax.runs.state import TrainState
@@ -99,7 +100,7 @@ def make_run(folder, config, tokenizer_file, devices=2):
             buffers=randomized(state.buffers, rng),
             memory=replace(state.memory, tables=tables, rows_used=used),
         )
-        settings.write_json(folder / "config.json", to_dict(parts.config))
+        write_json(folder / "config.json", to_dict(parts.config))
         (folder / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
         meta = {
             "format": run_folder.FORMAT,

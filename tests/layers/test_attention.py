@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from engram_jax.config import AttentionConfig, ModelConfig
-from engram_jax.layers.attention import GQA, MLA, attention, causal_mask, make_attention
+from engram_jax.layers.attention import attention, causal_mask, make_attention
+from engram_jax.layers.gqa import GQA
+from engram_jax.layers.mla import MLA
 from engram_jax.sharding import spec
 
 pytestmark = pytest.mark.newest
@@ -82,8 +84,8 @@ def loop_gqa(layer, x, positions, segments):
 
 
 @pytest.mark.parametrize(("kind", "loop"), [("mla", loop_mla), ("gqa", loop_gqa)])
-def test_layer_equals_a_loop(kind, loop):
-    x = np.random.default_rng().normal(size=(2, 11, 16))
+def test_layer_equals_a_loop(kind, loop, rng):
+    x = rng.normal(size=(2, 11, 16))
     positions, segments = packed()
     with jax.enable_x64(True):
         layer = make(kind)
@@ -92,8 +94,7 @@ def test_layer_equals_a_loop(kind, loop):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_gradients_equal_a_plain_softmax(kv_heads):
-    rng = np.random.default_rng()
+def test_attention_gradients_equal_a_plain_softmax(kv_heads, rng):
     q, k, v = (rng.normal(size=s) for s in ((2, 9, 4, 6), (2, 9, kv_heads, 6), (2, 9, kv_heads, 3)))
     segments = jnp.asarray(rng.integers(0, 3, (2, 9)))
 

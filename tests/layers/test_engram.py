@@ -11,7 +11,7 @@ from flax import nnx
 
 from engram_jax.config import ConfigError, EngramConfig, ModelConfig
 from engram_jax.layers.engram import copysign_sqrt, gate_scores, signed_sqrt
-from engram_jax.layers.engram_readers import reader_class
+from engram_jax.layers.reader import reader_class
 from engram_jax.layers.short_conv import gated_short_conv, shift, unshift
 from engram_jax.sharding import make_mesh, spec
 
@@ -148,9 +148,8 @@ def random_params(reader, rng):
     return graphdef, jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), nnx.to_pure_dict(params))
 
 
-def assert_equal_forward_and_gradient(ours, theirs, *arrays):
+def assert_equal_forward_and_gradient(rng, ours, theirs, *arrays):
     """Sums weighted at random, so that every output counts."""
-    rng = np.random.default_rng()
     weight = jnp.asarray(rng.normal(size=arrays[1].shape))
     every = tuple(range(len(arrays)))
     a, grads_a = jax.jit(jax.value_and_grad(lambda *args: jnp.sum(weight * ours(*args)), argnums=every))(*arrays)
@@ -160,9 +159,8 @@ def assert_equal_forward_and_gradient(ours, theirs, *arrays):
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-7, atol=1e-9), grads_a, grads_b)
 
 
-def test_without_gate_it_is_the_value_and_its_convolution():
+def test_without_gate_it_is_the_value_and_its_convolution(rng):
     with jax.enable_x64(True):
-        rng = np.random.default_rng()
         graphdef, params = random_params(make_reader(6, 2, engram_kernel_size=2, engram_without=("gate",)), rng)
         assert {name: p.shape for name, p in params.items()} == {
             "key_value_emd": (64, 1, 6),
@@ -178,7 +176,7 @@ def test_without_gate_it_is_the_value_and_its_convolution():
             return equations(x, rows, params | keys, 2, False, 3, 1e-6, 1e-20, gate=lambda s: jnp.full_like(s, jnp.inf))
 
         assert_equal_forward_and_gradient(
-            lambda params, x, rows: nnx.merge(graphdef, params)(x, rows), open_gates, params, x, rows
+            rng, lambda params, x, rows: nnx.merge(graphdef, params)(x, rows), open_gates, params, x, rows
         )
 
 
@@ -194,9 +192,8 @@ def one_branch(params, x, rows):
     return jnp.stack([post[:, :, m, None] * y for m in range(x.shape[2])], axis=2)
 
 
-def test_without_multi_branch_one_state_is_read_and_written_back():
+def test_without_multi_branch_one_state_is_read_and_written_back(rng):
     with jax.enable_x64(True):
-        rng = np.random.default_rng()
         graphdef, params = random_params(make_reader(6, 3, engram_kernel_size=2, engram_without=("multi_branch",)), rng)
         assert params["key_value_emd"].shape == (64, 2, 6) and params["conv_kmd"].shape == (2, 1, 6)
         x, rows = jnp.asarray(rng.normal(size=(2, 5, 3, 6))), jnp.asarray(rng.normal(size=(2, 5, 8, 8)))
@@ -204,7 +201,7 @@ def test_without_multi_branch_one_state_is_read_and_written_back():
         def ours(params, x, rows):
             return nnx.merge(graphdef, params)(x, rows)
 
-        assert_equal_forward_and_gradient(ours, one_branch, params, x, rows)
+        assert_equal_forward_and_gradient(rng, ours, one_branch, params, x, rows)
         assert not np.any(ours(params, x, jnp.zeros_like(rows)))
 
 
@@ -292,22 +289,21 @@ def test_pieces_shorter_than_the_convolutions_reach_are_refused():
 
 
 @pytest.mark.parametrize("cross_documents", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_mesh_gives_the_single_device_output_and_gradients(mesh, cross_documents):
+def test_a_mesh_gives_the_single_device_output_and_gradients(mesh, cross_documents, rng):
     """Where the sequence is cut, the convolution's taps reach into the piece to the left, and their gradients back."""
-    assert_meshed_is_single(mesh, engram_cross_documents=cross_documents)
+    assert_meshed_is_single(rng, mesh, engram_cross_documents=cross_documents)
 
 
-def test_a_mesh_gives_the_single_device_output_of_one_branch():
-    assert_meshed_is_single(make_mesh(**MOST_CUT), engram_without=("multi_branch",))
+def test_a_mesh_gives_the_single_device_output_of_one_branch(rng):
+    assert_meshed_is_single(rng, make_mesh(**MOST_CUT), engram_without=("multi_branch",))
 
 
 @pytest.mark.slow
-def test_a_mesh_gives_the_single_device_output_without_gate():
-    assert_meshed_is_single(make_mesh(**MOST_CUT), engram_without=("gate",))
+def test_a_mesh_gives_the_single_device_output_without_gate(rng):
+    assert_meshed_is_single(rng, make_mesh(**MOST_CUT), engram_without=("gate",))
 
 
-def assert_meshed_is_single(mesh, **engram):
-    rng = np.random.default_rng()
+def assert_meshed_is_single(rng, mesh, **engram):
     x, rows = rng.normal(size=(8, 24, 4, 32)), rng.normal(size=(8, 24, 8, 8))
     segments = np.sort(rng.integers(1, 4, (8, 24)), axis=1).astype(np.int32)
 

@@ -10,8 +10,8 @@ from engram_jax.layers.grouped_matmul import _kernels, grouped_matmul
 
 @pytest.mark.parametrize("counts", [[100, 0, 60, 40], [0, 0, 0, 200], [3, 5, 7, 9], [0, 130, 0, 126]])
 @pytest.mark.parametrize("matmul", [grouped_matmul, lambda x, w, n: _kernels(x, w, n, True)], ids=["ragged", "kernels"])
-def test_one_product_per_group_in_value_and_gradients(matmul, counts):
-    rng, (S, D, F) = np.random.default_rng(), (300, 24, 40)
+def test_one_product_per_group_in_value_and_gradients(matmul, counts, rng):
+    S, D, F = 300, 24, 40
     x, weight, target = rng.normal(size=(S, D)), rng.normal(size=(4, D, F)), rng.normal(size=(S, F))
     group = np.repeat(np.arange(4), counts)
     real = len(group)

@@ -52,8 +52,7 @@ def loop_step(layer, x, y):
 
 
 @pytest.mark.parametrize("streams", [2, 3, 4])
-def test_equals_a_loop_over_tokens(streams):
-    rng = np.random.default_rng()
+def test_equals_a_loop_over_tokens(streams, rng):
     x, y = rng.normal(size=(2, 3, streams, 12)), rng.normal(size=(2, 3, 12))
     with jax.enable_x64(True):
         layer = make(streams, gate=0.7)
@@ -65,8 +64,7 @@ def test_equals_a_loop_over_tokens(streams):
         np.testing.assert_allclose(written[b, t], expected_streams, rtol=0, atol=1e-12)
 
 
-def test_gradients_equal_finite_differences():
-    rng = np.random.default_rng()
+def test_gradients_equal_finite_differences(rng):
     with jax.enable_x64(True):
         graphdef, params = nnx.split(make(3, gate=0.7))
         params = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), params)
@@ -79,8 +77,7 @@ def test_gradients_equal_finite_differences():
         check_grads(jax.jit(loss), (params, x, y), order=1, modes=["rev"], eps=1e-5, rtol=1e-6, atol=1e-6)
 
 
-def test_sinkhorn_is_doubly_stochastic_and_undisturbed_by_row_and_column_factors():
-    rng = np.random.default_rng()
+def test_sinkhorn_is_doubly_stochastic_and_undisturbed_by_row_and_column_factors(rng):
     # Within 3 of each other: every iteration then contracts by tanh(3/2)^2 = 0.82 or more (Birkhoff), 200 by 5e-18.
     logits = rng.uniform(-1.5, 1.5, (5, 7, 4, 4))
     with jax.enable_x64(True):
@@ -94,9 +91,8 @@ def test_sinkhorn_is_doubly_stochastic_and_undisturbed_by_row_and_column_factors
     np.testing.assert_allclose(sinkhorn(jnp.asarray(logits, jnp.float32), 20).sum(-1), 1, atol=1e-6)
 
 
-def test_at_the_start_it_is_a_plain_residual_stream():
+def test_at_the_start_it_is_a_plain_residual_stream(rng):
     layer = make(gate=0.0)
-    rng = np.random.default_rng()
     x, y = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 5, 12), (2, 5, 12)))
     x_BTMD = jnp.tile(x[:, :, None], (1, 1, 4, 1))
     h, written, res = step(layer, x_BTMD, y)

@@ -50,13 +50,13 @@ def window_rows(constants, layer, tokens, segments, t):
 
 
 @pytest.mark.parametrize("context", [1, 4])
-def test_ngram_rows_at_every_position(row, context):
+def test_ngram_rows_at_every_position(row, context, rng):
     config = EngramConfig(engram_layer_ids=(1, 3), engram_n_heads=4, engram_vocab_size=(3001, 50_021))
     rule = FrozenRows.create(OptimizerConfig(), np.ones(1))
     mesh = make_mesh(1, devices=jax.devices()[:context], context=context)
     store = MemoryStore.create(config, TokenMap.identity(129_280), rule, shards=mesh.size)
     segments, _ = row
-    tokens = np.random.default_rng().integers(0, 129_280, (2, T)).astype(np.int32)
+    tokens = rng.integers(0, 129_280, (2, T)).astype(np.int32)
     with jax.set_mesh(mesh):
         placed = jax.device_put((tokens, segments), jax.NamedSharding(mesh, spec("batch", "seq")))  # type: ignore[arg-type]
         plan = jax.jit(store.plan)(*placed)
@@ -78,13 +78,12 @@ def test_the_mask_at_every_query(row):
 
 
 @pytest.mark.parametrize("factor", [1.0, 10.0])
-def test_attention_at_far_positions(row, factor):
+def test_attention_at_far_positions(row, factor, rng):
     """Queries around 4,096 and at the end: a softmax over their own document, keys rotated by complex numbers."""
     config = AttentionConfig(
         qk_nope_head_dim=0, qk_rope_head_dim=4, yarn=YarnConfig(factor, mscale=1.0, mscale_all_dim=1.0)
     )
     segments, positions = row
-    rng = np.random.default_rng()
     q, k, v = rng.normal(size=(3, 2, T, 1, 4))
     with jax.enable_x64(True):
         q_pe, k_pe = (rope(jnp.asarray(x), jnp.asarray(positions), config) for x in (q, k))

@@ -57,8 +57,7 @@ def value_and_gradients(f, g, ids, *args):
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(37, 6, 2), (50, 5, 1), (64, 8, 4), (3, 7, 3), (200, 3, 3)])
 @pytest.mark.parametrize("form", [ragged, blocked])
-def test_forms_equal_every_expert_in_value_and_all_gradients(form, tokens, experts, k):
-    rng = np.random.default_rng()
+def test_forms_equal_every_expert_in_value_and_all_gradients(form, tokens, experts, k, rng):
     D, F, forms = 8, 6, (form, every_expert)
     shapes = (tokens, D), (tokens, k), (experts, D, F), (experts, D, F), (experts, F, D)
 
@@ -70,8 +69,7 @@ def test_forms_equal_every_expert_in_value_and_all_gradients(form, tokens, exper
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-11)
 
 
-def test_every_expert_equals_a_loop():
-    rng = np.random.default_rng()
+def test_every_expert_equals_a_loop(rng):
     ids = np.argsort(rng.random((9, 5)))[:, :3]
     x, weights, gate, up, down = (rng.normal(size=s) for s in ((9, 4), (9, 3), (5, 4, 6), (5, 4, 6), (5, 6, 4)))
     expected = np.zeros((9, 4))
@@ -85,8 +83,7 @@ def test_every_expert_equals_a_loop():
 
 @pytest.mark.parametrize("scoring_func", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
-def test_bias_selects_but_does_not_weigh(scoring_func, norm_topk_prob):
-    rng = np.random.default_rng()
+def test_bias_selects_but_does_not_weigh(scoring_func, norm_topk_prob, rng):
     config = MoEConfig(
         n_routed_experts=6,
         num_experts_per_tok=2,
@@ -139,8 +136,8 @@ def test_layer_is_shared_plus_routed_and_differentiable_in_the_router(implementa
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_stats_equal_a_loop_and_leave_padding_out():
-    layer, rng = make(), np.random.default_rng()
+def test_stats_equal_a_loop_and_leave_padding_out(rng):
+    layer = make()
     layer.balance_bias[...] = jnp.asarray(rng.normal(size=6), jnp.float32)
     x = jnp.asarray(rng.normal(size=(4, 7, 16)), jnp.float32)
     segments = jnp.asarray([[1] * 7, [1, 1, 2, 2, 0, 0, 0], [3] + [0] * 6, [0] * 7])

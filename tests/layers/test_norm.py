@@ -16,8 +16,7 @@ def reference(x, gain, eps):
 
 @pytest.mark.parametrize("eps", [1e-20, 1e-5, 3.0])
 @pytest.mark.parametrize("gain_shape", [(16,), (3, 16)])
-def test_equals_numpy_and_finite_differences_in_float64(eps, gain_shape):
-    rng = np.random.default_rng()
+def test_equals_numpy_and_finite_differences_in_float64(eps, gain_shape, rng):
     x, gain, g = rng.normal(size=(5, 3, 16)), rng.normal(size=gain_shape), rng.normal(size=(5, 3, 16))
     dx, dgain = rng.normal(size=x.shape), rng.normal(size=gain.shape)
     with jax.enable_x64(True):
@@ -39,9 +38,9 @@ def test_a_row_of_zeros_stays_zero_with_a_finite_gradient_in_float32():
     np.testing.assert_allclose(ggain, 1, rtol=1e-6)
 
 
-def test_bfloat16_is_normalised_in_float32():
+def test_bfloat16_is_normalised_in_float32(rng):
     norm = RMSNorm(512, 1e-20)
-    x = jnp.asarray(np.random.default_rng().normal(size=(4, 512)), jnp.bfloat16)
+    x = jnp.asarray(rng.normal(size=(4, 512)), jnp.bfloat16)
     y = norm(x)
     assert y.dtype == jnp.bfloat16
     exact = jnp.asarray(reference(np.asarray(x, np.float64), 1.0, 1e-20), jnp.bfloat16)

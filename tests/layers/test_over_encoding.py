@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 
 from engram_jax.config import AttentionConfig, ConfigError, EngramConfig, ModelConfig
-from engram_jax.layers.engram import RecordingReader
-from engram_jax.layers.engram_readers import reader_class
+from engram_jax.layers.reader import RecordingReader, reader_class
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.row_optimizers import FrozenRows
 from engram_jax.memory.store import MemoryStore
@@ -58,8 +57,7 @@ def average(tokens, segments, embedding, table, projections):
     return out
 
 
-def test_the_input_is_the_average_of_the_vocabulary_and_the_slices():
-    rng = np.random.default_rng()
+def test_the_input_is_the_average_of_the_vocabulary_and_the_slices(rng):
     store = MemoryStore.create(CONFIG.engram, TokenMap.identity(30), FrozenRows(), init_std=1.0)
     memory = store.init(jax.random.key(rng.integers(1 << 30)))
     graphdef, params, buffers = split(Model(CONFIG, jax.random.key(rng.integers(1 << 30))))
@@ -79,9 +77,8 @@ def test_the_input_is_the_average_of_the_vocabulary_and_the_slices():
     assert np.std(arrays[2]) == pytest.approx(3**-0.5, rel=0.3)
 
 
-def test_gradients_reach_rows_projections_and_embeddings():
+def test_gradients_reach_rows_projections_and_embeddings(rng):
     """The average is linear in each, so its gradient is the other factor."""
-    rng = np.random.default_rng()
     graphdef, params, buffers = split(Model(CONFIG, jax.random.key(0)))
     tokens, rows = jnp.array([[4, 9]], jnp.int32), jnp.asarray(rng.normal(size=(1, 2, 4, 3)), jnp.float32)
     weight = rng.normal(size=(1, 2, 2, 16)).astype(np.float32)
@@ -100,8 +97,7 @@ def test_gradients_reach_rows_projections_and_embeddings():
     np.testing.assert_allclose(grads["embedding_vd"][jnp.array([4, 9])], d_input, rtol=1e-5, atol=1e-6)
 
 
-def test_a_mesh_gives_the_single_device_update():
-    rng = np.random.default_rng()
+def test_a_mesh_gives_the_single_device_update(rng):
     x, rows = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 8, 2, 16), (4, 8, 4, 3)))
 
     def update(x, rows):

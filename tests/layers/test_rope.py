@@ -45,8 +45,7 @@ def reference(x_BTNH, positions_BT, frequency_H, length=1.0):
     ("config", "length"),
     [(PLAIN, 1.0), (PAPER, 1.0), (AttentionConfig(rope_theta=500.0, yarn=SMALL), 0.1 * math.log(8) + 1)],
 )
-def test_equals_complex_rotation_forward_and_gradient(config, length):
-    rng = np.random.default_rng()
+def test_equals_complex_rotation_forward_and_gradient(config, length, rng):
     x, g = rng.normal(size=(2, 2, 7, 3, 8))
     positions = rng.integers(0, 40_000, (2, 7))
     frequency = published(config.yarn, config.rope_theta, 8)
@@ -76,9 +75,9 @@ def test_the_papers_stage_slows_what_never_turned():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_factor_one_changes_no_bit(dtype):
+def test_factor_one_changes_no_bit(dtype, rng):
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16), dtype)
-    positions = jnp.asarray(np.random.default_rng().integers(0, 5000, (2, 5)))
+    positions = jnp.asarray(rng.integers(0, 5000, (2, 5)))
     off = AttentionConfig(yarn=YarnConfig(1.0, 4.0, 2.0, 1.0, 0.3, 7))
     half = x.shape[-1] // 2
     angle = (
@@ -92,8 +91,7 @@ def test_factor_one_changes_no_bit(dtype):
     assert softmax_scale(off) == off.qk_head_dim**-0.5
 
 
-def test_scores_depend_on_the_distance_only():
-    rng = np.random.default_rng()
+def test_scores_depend_on_the_distance_only(rng):
     q, k = jnp.asarray(rng.normal(size=(2, 1, 6, 2, 16)), jnp.float32)
 
     def score(config, shift):

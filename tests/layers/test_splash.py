@@ -14,8 +14,7 @@ B, T, N, H, V = 4, 256, 2, 24, 16
 SCALE = 0.3  # not 1/sqrt(H): YaRN changes it
 
 
-def inputs(kv_heads):
-    rng = np.random.default_rng()
+def inputs(rng, kv_heads):
     q, k, v, weight = (
         jnp.asarray(rng.normal(size=s), jnp.float32)
         for s in ((B, T, N, H), (B, T, kv_heads, H), (B, T, kv_heads, V), (B, T, N, V))
@@ -48,15 +47,15 @@ def assert_close(got, expected):
 
 @pytest.mark.parametrize("kv_heads", [N, 1])
 @pytest.mark.parametrize("packed", [True, False])
-def test_equals_the_whole_product(kv_heads, packed):
-    qkv, segments, weight = inputs(kv_heads)
+def test_equals_the_whole_product(kv_heads, packed, rng):
+    qkv, segments, weight = inputs(rng, kv_heads)
     segments = segments if packed else None
     expected = value_and_gradients(reference, qkv, segments, weight)
     assert_close(jax.jit(lambda: value_and_gradients(kernel, qkv, segments, weight))(), expected)
 
 
-def test_equals_it_where_sequences_and_heads_are_cut():
-    qkv, segments, weight = inputs(N)
+def test_equals_it_where_sequences_and_heads_are_cut(rng):
+    qkv, segments, weight = inputs(rng, N)
     expected = value_and_gradients(reference, qkv, segments, weight)
     mesh = make_mesh(2, context=2, tensor=2)
     with jax.set_mesh(mesh):
@@ -67,11 +66,11 @@ def test_equals_it_where_sequences_and_heads_are_cut():
     assert_close(got, expected)
 
 
-def test_long_sequences_have_larger_blocks_of_keys_in_the_backward_pass():
+def test_long_sequences_have_larger_blocks_of_keys_in_the_backward_pass(rng):
     """1,152 positions: 9 blocks of 128 queries, 3 blocks of 384 keys."""
     assert [_backward_block(length, 512) for length in (512, 4096, 8192, 32_768)] == [512, 512, 1024, 2048]
     assert [_backward_block(length, 128) for length in (128, 1024, 1152, 128 * 1009)] == [128, 128, 384, 128]
-    rng, T = np.random.default_rng(), 1152
+    T = 1152
     q, k, v, weight = (jnp.asarray(rng.normal(size=(1, T, 1, w)), jnp.float32) for w in (H, H, V, V))
     segments = jnp.asarray(np.repeat([[1, 2, 3]], [500, 300, 352], axis=1).astype(np.int32))
 
@@ -82,7 +81,7 @@ def test_long_sequences_have_larger_blocks_of_keys_in_the_backward_pass():
     assert_close(jax.jit(lambda: value_and_gradients(kernel, (q, k, v), segments, weight))(), expected)
 
 
-def test_a_length_that_is_no_whole_tile_is_refused():
-    (q, k, v), segments, _ = inputs(N)
+def test_a_length_that_is_no_whole_tile_is_refused(rng):
+    (q, k, v), segments, _ = inputs(rng, N)
     with pytest.raises(ConfigError, match=r"data.seq_len=200 .* not a multiple of 128"):
         splash_attention(q[:, :200], k[:, :200], v[:, :200], segments[:, :200])

@@ -140,8 +140,7 @@ def test_check_names_both_numbers():
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64, np.int16])
 @pytest.mark.parametrize("shape", [(7,), (2, 3), (1, 2, 5)])
-def test_ids_outside_the_vocabulary_are_blocked(dtype, shape):
-    rng = np.random.default_rng()
+def test_ids_outside_the_vocabulary_are_blocked(dtype, shape, rng):
     token_map = TokenMap(np.append(rng.permutation(10), rng.integers(0, 10, 20)))
     raw = rng.integers(-5, 40, shape).astype(dtype)
     expected = [i if i < 0 else -1 if i >= 30 else token_map.canonical_ids[i] for i in raw.ravel().tolist()]

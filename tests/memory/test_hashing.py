@@ -19,6 +19,7 @@ from engram_jax.config import ConfigError, EngramConfig
 from engram_jax.memory import hashing
 from engram_jax.memory.compression import TokenMap, canonicalize_numpy
 from engram_jax.memory.hashing import HashConstants, hash_constants, ngram_row_ids, ngram_row_ids_numpy
+from engram_jax.registries import READERS
 from engram_jax.sharding import MESH_AXES, make_mesh
 
 pytestmark = pytest.mark.newest
@@ -69,7 +70,7 @@ def reference_row_ids(constants: HashConstants, layer_id: int, ids, segments, re
 # --- NumPy and jax forms against the definition ---
 
 
-@pytest.mark.parametrize("variant", hashing.VARIANTS)
+@pytest.mark.parametrize("variant", READERS)
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_random_rows_equal_the_definition(variant, seed):
@@ -91,7 +92,7 @@ def test_random_rows_equal_the_definition(variant, seed):
 jitted = jax.jit(ngram_row_ids, static_argnums=(0, 1), static_argnames="with_offsets")
 
 
-def test_largest_numbers_stay_exact():
+def test_largest_numbers_stay_exact(rng):
     """Products next to 2^63 and a prime next to 2^31."""
     vocab_size = 2**31 - 1
     largest = (2**63 - 1) // vocab_size
@@ -104,16 +105,16 @@ def test_largest_numbers_stay_exact():
         multipliers=((largest, largest - 2, largest - 4),),
         primes=(((3, 5), (7, 2_147_483_629)),),
     )
-    ids = vocab_size - 1 - np.random.default_rng().integers(0, 1000, T).astype(np.int32)
+    ids = vocab_size - 1 - rng.integers(0, 1000, T).astype(np.int32)
     expected = reference_row_ids(constants, 0, ids, np.zeros(T), resets=False)
     assert expected.max() > 2**30
     assert np.array_equal(ngram_row_ids_numpy(constants, 0, ids), expected)
     assert np.array_equal(jitted(constants, 0, ids), expected)
 
 
-def test_rows_of_the_flat_table_are_remainders_plus_offsets():
+def test_rows_of_the_flat_table_are_remainders_plus_offsets(rng):
     constants = small_constants("paper")
-    ids = np.random.default_rng().integers(0, 20, (2, T)).astype(np.int32)
+    ids = rng.integers(0, 20, (2, T)).astype(np.int32)
     for hashes in (ngram_row_ids_numpy, jitted):
         rows = np.asarray(hashes(constants, 3, ids))
         remainders = np.asarray(hashes(constants, 3, ids, with_offsets=False))
@@ -124,9 +125,9 @@ def test_rows_of_the_flat_table_are_remainders_plus_offsets():
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (3, 1), (2, 3, 5), (0, 4)])
-def test_any_batch_shape(shape):
+def test_any_batch_shape(shape, rng):
     constants = small_constants("deepseek_v41")
-    ids = np.random.default_rng().integers(0, 20, shape).astype(np.int32)
+    ids = rng.integers(0, 20, shape).astype(np.int32)
     rows = ngram_row_ids_numpy(constants, 1, ids)
     assert rows.shape == (*shape, 9)
     assert np.array_equal(jitted(constants, 1, ids), rows)
@@ -135,19 +136,19 @@ def test_any_batch_shape(shape):
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.uint8])
-def test_any_integer_dtype(dtype):
+def test_any_integer_dtype(dtype, rng):
     constants = small_constants("paper")
-    ids, segments = np.random.default_rng().integers(0, 20, (2, 2, T))
+    ids, segments = rng.integers(0, 20, (2, 2, T))
     expected = ngram_row_ids_numpy(constants, 1, ids, segments)
     assert np.array_equal(ngram_row_ids_numpy(constants, 1, ids.astype(dtype), segments.astype(dtype)), expected)
     assert np.array_equal(ngram_row_ids(constants, 1, ids.astype(dtype), segments.astype(dtype)), expected)
 
 
-def test_int64_stays_inside_transformations():
+def test_int64_stays_inside_transformations(rng):
     """With 64-bit types off, every way of tracing gives the host's ids and int32, and leaves the switch as it was."""
     assert not jax.config.jax_enable_x64
     constants = small_constants("paper")
-    ids = np.random.default_rng().integers(0, 20, (4, T)).astype(np.int32)
+    ids = rng.integers(0, 20, (4, T)).astype(np.int32)
     expected = ngram_row_ids_numpy(constants, 1, ids)
     rows_of = partial(ngram_row_ids, constants, 1)
     table = jnp.arange(constants.num_rows(1), dtype=jnp.float32)
@@ -177,10 +178,9 @@ def test_int64_stays_inside_transformations():
         assert ngram_row_ids(constants, 1, ids).dtype == jnp.int32
 
 
-def test_sharded_batches_stay_where_they_are():
+def test_sharded_batches_stay_where_they_are(rng):
     constants = small_constants("paper")
     token_map = TokenMap(np.arange(30) % 20)
-    rng = np.random.default_rng()
     raw = rng.integers(-1, 32, (8, T)).astype(np.int32)
     segments = np.sort(rng.integers(0, 3, (8, T)), axis=-1).astype(np.int32)
     expected = ngram_row_ids_numpy(constants, 3, canonicalize_numpy(token_map, raw), segments)
@@ -203,8 +203,7 @@ def test_sharded_batches_stay_where_they_are():
 
 
 @pytest.mark.parametrize("shape", [(9,), (2, 3, 4)])
-def test_canonical_ids_on_device_equal_the_hosts(shape):
-    rng = np.random.default_rng()
+def test_canonical_ids_on_device_equal_the_hosts(shape, rng):
     token_map = TokenMap(np.append(rng.permutation(10), rng.integers(0, 10, 20)))
     raw = rng.integers(-5, 40, shape).astype(np.int32)
     on_device = jax.jit(hashing.canonicalize, static_argnums=0)(token_map, raw)
@@ -215,10 +214,9 @@ def test_canonical_ids_on_device_equal_the_hosts(shape):
 # --- where windows stop ---
 
 
-@pytest.mark.parametrize("variant", hashing.VARIANTS)
-def test_packed_documents_hash_as_they_do_alone(variant):
+@pytest.mark.parametrize("variant", READERS)
+def test_packed_documents_hash_as_they_do_alone(variant, rng):
     constants = small_constants(variant)
-    rng = np.random.default_rng()
     ids = rng.integers(6, 20, T).astype(np.int32)  # no pad among them: only the segments may stop a window
     starts = [0, 1, 3, 10, T]
     segments = np.repeat(np.arange(4), np.diff(starts)).astype(np.int32)
@@ -231,9 +229,9 @@ def test_packed_documents_hash_as_they_do_alone(variant):
     assert changed.tolist() == [1, 2, 3, 4, 5, 10, 11, 12]  # the first N - 1 = 3 positions of every later document
 
 
-def test_a_blocked_token_hides_itself_and_everything_older():
+def test_a_blocked_token_hides_itself_and_everything_older(rng):
     constants = small_constants("deepseek_v41")
-    ids = np.random.default_rng().integers(6, 20, T).astype(np.int32)
+    ids = rng.integers(6, 20, T).astype(np.int32)
     for blocked in (-1, -100, 20):
         ids[10] = blocked
         rows = np.asarray(jitted(constants, 1, ids))
@@ -243,10 +241,10 @@ def test_a_blocked_token_hides_itself_and_everything_older():
         assert np.array_equal(rows[10], ngram_row_ids_numpy(constants, 1, pads)[3])
 
 
-def test_only_qwen_windows_stop_at_eos():
-    ids = np.random.default_rng().integers(6, 20, T).astype(np.int32)
+def test_only_qwen_windows_stop_at_eos(rng):
+    ids = rng.integers(6, 20, T).astype(np.int32)
     ids[10] = 5  # the pad of small_constants: EOS for qwen_ple
-    for variant in hashing.VARIANTS:
+    for variant in READERS:
         constants = small_constants(variant)
         layer = constants.layer_ids[0]
         rows = np.asarray(jitted(constants, layer, ids))
@@ -323,7 +321,7 @@ def mixes(constants: HashConstants, bigrams: np.ndarray) -> np.ndarray:
     return newest.astype(np.int64) * first ^ older.astype(np.int64) * second
 
 
-def test_without_the_wide_hash_different_bigrams_share_every_head():
+def test_without_the_wide_hash_different_bigrams_share_every_head(rng):
     """MaxText's numbers (multipliers of 1..21,649 at V' = 99,187), and what they do to 200,000 bigrams of frequent ids:
     more than 1 in 100 has the mix, and so all rows, of another. 63 bits keep them all apart."""
     config = EngramConfig(engram_layer_ids=(1,), engram_vocab_size=20_011, engram_max_ngram_size=2)
@@ -334,7 +332,7 @@ def test_without_the_wide_hash_different_bigrams_share_every_head():
     draw = np.random.default_rng(10_007).integers(0, 10_825, size=2)
     assert narrow.multipliers[0] == tuple(2 * draw + 1)
 
-    flat = np.random.default_rng().choice(500 * 500, 200_000, replace=False)
+    flat = rng.choice(500 * 500, 200_000, replace=False)
     bigrams = np.stack([flat // 500, flat % 500], axis=1)
     assert mixes(narrow, bigrams).max() < 2**31
     assert len(np.unique(mixes(wide, bigrams))) == len(bigrams)

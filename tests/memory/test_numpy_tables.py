@@ -83,6 +83,11 @@ def host(tree):
     return jax.tree.map(lambda x: np.array(x), tree)
 
 
+def joined(tables):
+    """Tables outside the program, their shards one after the other: copies, in the form of tables on devices."""
+    return {la: jax.tree.map(lambda *parts: np.concatenate(parts), *shards) for la, shards in tables.items()}
+
+
 @functools.cache
 def on_devices(mesh, row_dtype="float32"):
     """What every other placement must reproduce: rows seen in each step, tables, rows used, materialized tables."""
@@ -117,7 +122,7 @@ def from_outside(mesh, placement=NumpyPlacement(), row_dtype="float32", reads_ah
         assert inside.tables == {}
         assert step._cache_size() == 1  # rows that were patched and rows that were not are one type
         whole = store.materialize(MemoryState(tables, inside.rows_used), STEPS)
-        return seen, host(tables), host(inside.rows_used), whole
+        return seen, joined(tables), host(inside.rows_used), whole
 
 
 def assert_same(a, b):
@@ -183,7 +188,7 @@ def test_first_rows_made_in_chunks_equal_those_on_devices(mesh, monkeypatch):
         expected = host(store.init(jax.random.key(3)).tables)
         monkeypatch.setattr(chunks, "CHUNK_ROWS", 72)
         assert store.layouts["0"].rows_per_shard % 72
-        assert_same(make(mesh, NumpyPlacement())[0].init(jax.random.key(3)).tables, expected)
+        assert_same(joined(make(mesh, NumpyPlacement())[0].init(jax.random.key(3)).tables), expected)
 
 
 @pytest.mark.parametrize("mesh", [None, (2, 4)])
@@ -196,7 +201,7 @@ def test_chunks_go_out_and_in_and_end_with_the_shard(mesh):
             chunk = chunks.chunk_reader(store, 40)(table, start)
             assert chunks.chunk_writer(store, "2")(copy, start, chunk) is copy
             here = min(40, rows - start)
-            of_shards = table.rows.reshape(store.shards, rows, 4)[:, start : start + here]
+            of_shards = np.stack([shard.rows[start : start + here] for shard in table])
             np.testing.assert_array_equal(np.asarray(chunk.rows).reshape(store.shards, 40, 4)[:, :here], of_shards)
             assert not np.any(np.asarray(chunk.rows).reshape(store.shards, 40, 4)[:, here:])
         assert rows % 40
@@ -234,13 +239,13 @@ def test_take_and_put_equal_numpy_and_pass_over_ids_beyond_the_end(dtype):
 def test_ids_that_are_no_rows_read_as_zero_and_write_nothing():
     store, _ = make(None, NumpyPlacement())
     state = store.init(jax.random.key(0))
-    before = host(state.tables)
+    before = joined(state.tables)
     plan = jax.jit(store.plan_ids)({la: jnp.full((1, 2, 4), 10**6, jnp.int32) for la in store.layers})
     held = store.load(state, plan)
     assert not any(np.any(x) for x in jax.tree.leaves(held))
     written = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), held)
     new = store.save(state, plan, jax.device_put(written, jax.devices()[0]))
-    assert_same(new.tables, before)
+    assert_same(joined(new.tables), before)
     assert int(new.rows_used["0"]) == 0
 
 
@@ -256,20 +261,20 @@ def test_an_all_padding_batch_leaves_what_the_model_sees(mesh):
         inside, held, _ = step(MemoryState({}, state.rows_used), plan, store.load(state, plan), weights, jnp.int32(0))
         numpy_tables.save(store, state.tables, plan, held)
         assert_same(store.materialize(state, 1), before)
-        assert int(np.sum(state.tables["0"].uses)) == int(inside.rows_used["0"]) > 0
+        assert int(np.sum(joined(state.tables)["0"].uses)) == int(inside.rows_used["0"]) > 0
 
 
 def test_update_and_fetch_outside_a_loop_write_in_place():
     store, _ = make(None, NumpyPlacement())
     state = store.init(jax.random.key(0))
-    rows_RD, before = state.tables["0"].rows, state.tables["0"].rows.copy()
+    rows_RD, before = state.tables["0"][0].rows, state.tables["0"][0].rows.copy()
     plan = compiled(None)[0](batch(0)[0])
     grads = store.reduce(plan, {layer: batch(0)[1] for layer in plan})
     new = store.update(state, plan, grads, 0)
-    assert new.tables["0"].rows is rows_RD
+    assert new.tables["0"][0].rows is rows_RD
     touched = np.unique(plan["0"].ids_BTH)
     np.testing.assert_array_equal(np.flatnonzero(np.any(rows_RD != before, axis=1)), touched)
-    np.testing.assert_array_equal(np.flatnonzero(new.tables["0"].uses), touched)
+    np.testing.assert_array_equal(np.flatnonzero(new.tables["0"][0].uses), touched)
     np.testing.assert_array_equal(store.fetch(new, plan, 1)["0"], rows_RD[np.asarray(plan["0"].ids_BTH)])
 
 
@@ -327,16 +332,16 @@ def test_files_are_sparse_made_anew_and_of_one_run_only(tmp_path):
     folder = tmp_path / "process-0" / "layer-2"
     names = {f"{name}.bin" for name in ("rows", "slots.m", "slots.v", "slots.last_step", "uses")}
     assert {file.name for file in folder.iterdir()} == names
-    assert (folder / "rows.bin").read_bytes() == tables["2"].rows.tobytes()
+    assert (folder / "rows.bin").read_bytes() == tables["2"][0].rows.tobytes()
     assert (folder / "slots.m.bin").stat().st_blocks == 0 < (folder / "rows.bin").stat().st_blocks
     with pytest.raises(ConfigError, match=rf"mmap_dir={tmp_path} holds the tables .* \(process {os.getpid()}\)"):
         store.allocate()
-    held_by_one_array = tables["2"].uses
+    held_by_one_array = tables["2"][0].uses
     del tables
     with pytest.raises(ConfigError, match="name another folder"):
         store.allocate()
     del held_by_one_array
-    assert not np.any(store.allocate()["2"].rows)
+    assert not np.any(store.allocate()["2"][0].rows)
 
 
 def test_a_folder_is_locked_against_other_processes_too(tmp_path):

@@ -8,8 +8,8 @@ import pytest
 
 from engram_jax.config import ConfigError, OptimizerConfig
 from engram_jax.memory.quantized import FrozenFP8, dequantize, pack, quantize, unpack
-from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
 from engram_jax.memory.table import TableState
+from engram_jax.registries import ROW_OPTIMIZERS
 
 pytestmark = pytest.mark.newest
 

@@ -25,8 +25,7 @@ def random_rows(rng, count, width, dtype):
 
 @pytest.mark.parametrize("width", [1, 5, 80, 256])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
-def test_what_is_written_is_read_bit_for_bit(dtype, width):
-    rng = np.random.default_rng()
+def test_what_is_written_is_read_bit_for_bit(dtype, width, rng):
     like = jax.eval_shape(lambda: random_rows(rng, 1, width, dtype))
     batches = [random_rows(rng, 9, width, dtype) for _ in range(3)]
     ids = [jnp.asarray(np.sort(rng.choice(R + 4, 9, replace=False)), jnp.int32) for _ in batches]

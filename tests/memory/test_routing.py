@@ -101,8 +101,7 @@ def through_the_mesh(shape, ids, tables, grads, capacities=None):
 
 @pytest.mark.parametrize("name", id_batches())
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_lookups_see_their_rows_and_rows_get_the_sum_of_their_gradients(name, shape):
-    rng = np.random.default_rng()
+def test_lookups_see_their_rows_and_rows_get_the_sum_of_their_gradients(name, shape, rng):
     ids = id_batches()[name]
     tables = {layer: rng.normal(size=(sum(heads), WIDTH)).astype(np.float32) for layer, heads in HEADS.items()}
     grads = {layer: rng.normal(size=(8, 6, 4, WIDTH)).astype(np.float32) for layer in HEADS}
@@ -120,8 +119,7 @@ def test_lookups_see_their_rows_and_rows_get_the_sum_of_their_gradients(name, sh
             assert p.routes.asked_S.sum() == asked == p.routes.arrived_S.sum()
 
 
-def test_sums_are_the_same_bits_every_time():
-    rng = np.random.default_rng()
+def test_sums_are_the_same_bits_every_time(rng):
     ids = id_batches()["zipf"]
     tables = {layer: np.zeros((sum(heads), WIDTH), np.float32) for layer, heads in HEADS.items()}
     grads = {layer: rng.normal(size=(8, 6, 4, WIDTH)).astype(np.float32) for layer in HEADS}
@@ -156,8 +154,7 @@ def test_a_plan_that_does_not_fit_says_what_it_needs():
         assert not fitting and excess == {"0": 2, "2": 0}
 
 
-def test_an_exact_fit_loses_nothing():
-    rng = np.random.default_rng()
+def test_an_exact_fit_loses_nothing(rng):
     ids = id_batches()["zipf"]
     need = {la: Capacity(int(p.need.pair), int(p.need.owner)) for la, p in make_plan(ids)[0].items()}
     tables = {layer: rng.normal(size=(sum(heads), WIDTH)).astype(np.float32) for layer, heads in HEADS.items()}

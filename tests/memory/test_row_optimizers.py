@@ -11,7 +11,6 @@ import pytest
 from engram_jax.config import ConfigError, OptimizerConfig
 from engram_jax.memory.quantized import FrozenFP8
 from engram_jax.memory.row_optimizers import (
-    ROW_OPTIMIZERS,
     CatchUpAdam,
     DenseAdam,
     LazyAdam,
@@ -20,6 +19,7 @@ from engram_jax.memory.row_optimizers import (
     bytes_per_row,
 )
 from engram_jax.optimizers.schedules import learning_rates
+from engram_jax.registries import ROW_OPTIMIZERS
 
 pytestmark = pytest.mark.newest
 

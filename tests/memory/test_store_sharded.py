@@ -15,9 +15,9 @@ import pytest
 from engram_jax.config import ConfigError, EngramConfig, OptimizerConfig
 from engram_jax.memory import routing
 from engram_jax.memory.compression import TokenMap
-from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableLayout
+from engram_jax.registries import ROW_OPTIMIZERS
 from engram_jax.sharding import MESH_AXES, lookups, make_mesh
 
 pytestmark = pytest.mark.newest
@@ -236,8 +236,7 @@ def test_rows_read_early_and_patched_are_the_rows_read_late(mesh):
             assert (early["0"].rows != late["0"].rows).any()
 
 
-def test_tables_of_different_widths_travel_in_one_call():
-    rng = np.random.default_rng()
+def test_tables_of_different_widths_travel_in_one_call(rng):
     layouts = {"0": TableLayout((53, 59), 8), "2": TableLayout((61, 7), 8)}
     widths, shape = {"0": 3, "2": 5}, (8, 6, 2)
     ids, values, grads = {}, {}, {}

@@ -15,10 +15,11 @@ from engram_jax.config import ConfigError, EngramConfig, MemoryConfig
 from engram_jax.memory import chunks, table_files
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.description import MemoryState
-from engram_jax.memory.placements import PLACEMENTS, DevicePlacement, HostPlacement, TieredPlacement, host, tiered
+from engram_jax.memory.placements import DevicePlacement, HostPlacement, TieredPlacement, host, tiered
 from engram_jax.memory.row_optimizers import CatchUpAdam
 from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table import TableState
+from engram_jax.registries import PLACEMENTS
 from engram_jax.runs.table_checkpoint import restore_tables, save_tables
 from engram_jax.sharding import MESH_AXES, lookups, make_mesh
 

@@ -4,11 +4,12 @@ import numpy as np
 import optax
 import pytest
 
-from engram_jax.config import OptimizerConfig
+from engram_jax.config import EngramConfig, ModelConfig, OptimizerConfig
 from engram_jax.optimizers.groups import make_optimizer, parameter_roles
 from engram_jax.optimizers.muon import scale_by_muon
-from engram_jax.optimizers.roles import ROLES
+from engram_jax.optimizers.roles import roles
 
+ROLES = roles(ModelConfig(engram=EngramConfig(engram_layer_ids=(0,))))
 CONFIG = OptimizerConfig(learning_rate=2e-3, weight_decay=0.1)
 
 
@@ -29,7 +30,7 @@ def random_params(seed):
 
 
 def trajectory(config, params, gradients):
-    optimizer = make_optimizer(config, optax.constant_schedule(config.learning_rate), params)
+    optimizer = make_optimizer(config, optax.constant_schedule(config.learning_rate), params, ROLES)
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     for gradient in gradients:
         updates, state = update(gradient, state, params)
@@ -106,7 +107,7 @@ def test_matrices_follow_muon_with_decay(problem, moved):
 
 
 def test_every_leaf_has_one_role():
-    kinds = jax.tree.map(lambda role: role.kind, parameter_roles(random_params(0)))
+    kinds = jax.tree.map(lambda role: role.kind, parameter_roles(random_params(0), ROLES))
     assert kinds == {
         "embedding_vd": "embedding",
         "head_dv": "embedding",

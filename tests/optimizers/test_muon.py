@@ -8,10 +8,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from engram_jax.config import EngramConfig, ModelConfig
 from engram_jax.optimizers.muon import QUICK, SETTLE, orthogonalize, scale_by_muon
-from engram_jax.optimizers.roles import ROLES, Role
+from engram_jax.optimizers.roles import Role, roles
 from engram_jax.sharding import make_mesh
 
+ROLES = roles(ModelConfig(engram=EngramConfig(engram_layer_ids=(0,))))
 DEEPSEEK_V4 = (QUICK,) * 8 + (SETTLE,) * 2
 # name -> (shape, rows and columns of each of its matrices, how to take matrix (index) out of the array)
 WEIGHTS = {
@@ -37,7 +39,7 @@ def random(seed, dtype=np.float64):
     return {name: rng.normal(size=shape).astype(dtype) for name, (shape, _, _) in WEIGHTS.items()}
 
 
-def roles():
+def roles_of_weights():
     return {name: ROLES[name] for name in WEIGHTS}
 
 
@@ -45,7 +47,7 @@ def test_three_steps_equal_numpy():
     gradients = [random(seed) for seed in range(3)]
     momenta = {name: [0.0] * len(split(gradients[0][name])) for name, (_, _, split) in WEIGHTS.items()}
     with jax.enable_x64(True):
-        muon = scale_by_muon(0.95, 0.18, roles())
+        muon = scale_by_muon(0.95, 0.18, roles_of_weights())
         state = muon.init(gradients[0])
         for gradient in gradients:
             updates, state = jax.jit(muon.update)(gradient, state)
@@ -87,7 +89,7 @@ def test_chunks_do_not_mix_matrices(key):
 @pytest.mark.parametrize("axes", [(1, 1), (2, 4)])
 def test_sharded_weights_get_the_same_updates(axes):
     gradients = random(7, np.float32)
-    muon = scale_by_muon(0.95, 0.18, roles())
+    muon = scale_by_muon(0.95, 0.18, roles_of_weights())
     expected, _ = jax.jit(muon.update)(gradients, muon.init(gradients))
     mesh = make_mesh(*axes, devices=jax.devices()[: axes[0] * axes[1]])
     with jax.set_mesh(mesh):
@@ -113,6 +115,6 @@ def test_sharded_weights_get_the_same_updates(axes):
 
 def test_it_is_deterministic():
     gradients = random(3, np.float32)
-    muon = scale_by_muon(0.95, 0.18, roles())
+    muon = scale_by_muon(0.95, 0.18, roles_of_weights())
     first, second = (jax.jit(muon.update)(gradients, muon.init(gradients))[0] for _ in range(2))
     assert all((first[name] == second[name]).all() for name in WEIGHTS)

@@ -72,11 +72,11 @@ def test_create(cloud, options, call):
         (["mine", "--type", "v5e-8", "--valid-until", "soon"], "6h"),
         (["mine", "--type", "v5e-8", "--service-account", "me"], "--service-account 'me'"),
         (["mine", "--type", "v5e-8", "--run-dir", "gs://B"], "gs://BUCKET/FOLDER"),
-        (["mine", "--type", "v5e-8", "--run-dir", "gs://bucket/a*"], "no *"),
+        (["mine", "--type", "v5e-8", "--run-dir", "gs://bucket/a*"], "no *, ?"),
         (["mine", "--type", "v5e-8", "--run-dir", "gs://bucket/a/../../b"], "no //"),
         (["mine", "--type", "v5e-8", "--run-dir", "gs://bucket//a"], "no //"),
         (["mine", "--type", "v5e-8", "--run-dir", "runs/x"], "absolute path"),
-        (["mine", "--type", "v5e-8", "--", "--spot"], "takes nothing behind --"),
+        (["mine", "--type", "v5e-8", "--", "--spot"], "takes no words after --"),
     ],
 )
 def test_mistakes_are_one_line_and_cost_no_call(cloud, arguments, message):
@@ -107,9 +107,9 @@ def test_a_bucket_is_left_as_it_was(cloud):
         ({"stdout": '{"name": "bucket", "hierarchicalNamespace": {"enabled": false}}'}, "not atomic"),
         ({"stdout": '{"name": "bucket", "hierarchicalNamespace": null}'}, "not atomic"),
         ({"stdout": '{"name": "bucket"}'}, "not atomic"),
-        ({"stdout": "[]"}, "could not be seen"),
-        ({"stdout": "what?"}, "could not be seen"),
-        ({"rc": 1, "stderr": "ERROR: 403 me@x.org does not have storage.buckets.get access"}, "could not be seen"),
+        ({"stdout": "[]"}, "could not see"),
+        ({"stdout": "what?"}, "could not see"),
+        ({"rc": 1, "stderr": "ERROR: 403 me@x.org does not have storage.buckets.get access"}, "could not see"),
     ],
 )
 def test_a_bucket_whose_folders_are_none_is_warned_of_and_taken(cloud, answer, message):
@@ -139,7 +139,7 @@ def test_a_bucket_that_does_not_exist_is_answered_with_how_to_make_it(cloud):
         ("ERROR: The required property [zone] is not currently set.", "--zone"),
         ("ERROR: Cloud TPU API has not been used in project 1 before or it is disabled", "services enable"),
         ("ERROR: You do not currently have an active account selected.", "gcloud auth login"),
-        ("", "said nothing"),
+        ("", "printed nothing"),
     ],
 )
 def test_what_gcloud_says_is_passed_on_with_a_remedy(cloud, stderr, remedy):
@@ -227,7 +227,7 @@ def test_status(cloud):
 
 
 def test_status_of_nothing(cloud):
-    assert "No slice bears the label" in cloud.run("status")[1]
+    assert "No slice has the label" in cloud.run("status")[1]
 
 
 def test_status_asks_the_supervisors(cloud):

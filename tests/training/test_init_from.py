@@ -121,7 +121,7 @@ def backbone(config, straight, tokenizer, tmp_path_factory):
     return folder, parts, jax.device_get(state)
 
 
-def test_a_new_memory_begins_silent_and_learns_alone(config, backbone, tokenizer, make_batch):
+def test_a_new_memory_begins_silent_and_learns_alone(config, backbone, tokenizer, make_batch, rng):
     """Blocks are cut at the new readers; losses are the backbone's; then the memory moves, and nothing else."""
     folder, theirs, old = backbone
     engram = replace(config.model.engram, engram_layer_ids=(1, 2))
@@ -137,7 +137,7 @@ def test_a_new_memory_begins_silent_and_learns_alone(config, backbone, tokenizer
     kept = jax.tree.map(lambda *x: np.concatenate(x), *jax.device_get(list(state.params["blocks"].values())))
     jax.tree.map(np.testing.assert_array_equal, kept, old.params["blocks"]["00-02"])
 
-    batch = make_batch(np.random.default_rng())
+    batch = make_batch(rng)
     with jax.set_mesh(theirs.mesh):
         expected = make_eval_step(theirs)(theirs.init_state(), on_devices(theirs, batch), {})
     with jax.set_mesh(parts.mesh):

@@ -32,7 +32,9 @@ LOOK_STEP = 92
 
 @dataclass(frozen=True)
 class SplitPlacement(DevicePlacement):
-    """Says that the first half of every shard is its fast tier."""
+    """The first half of every shard is its fast tier."""
+
+    has_tiers = True
 
     def hit_rate(self, table, owned_U):
         rows = len(table.uses)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import time
@@ -141,7 +140,7 @@ def is_half_written(folder):
 
 
 @pytest.mark.slow
-def test_kill_9_again_and_again(config, compiled_programs, tmp_path):
+def test_kill_9_again_and_again(config, compiled_programs, tmp_path, rng):
     """At random moments, and every other time in the middle of a checkpoint, until the run is done."""
     config = replace(config, train__steps=40, checkpoint__every=1)
     undisturbed, killed = (Command(config, tmp_path / name, compiled_programs) for name in ("undisturbed", "killed"))
@@ -149,7 +148,7 @@ def test_kill_9_again_and_again(config, compiled_programs, tmp_path):
     half_written = 0
     for attempt in range(6):
         process = killed.start()
-        steps_left = random.randint(1, 4) if attempt else 4  # the first leaves a checkpoint for certain
+        steps_left = rng.integers(1, 5) if attempt else 4  # the first leaves a checkpoint for certain
         for line in process.stdout:
             steps_left -= line.startswith("step ") and "loss" in line
             if steps_left == 0:

@@ -96,25 +96,25 @@ def in_logical_order(trainer, state):
     return dataclasses.replace(state, memory=dataclasses.replace(memory, tables=tables))
 
 
-def test_the_loss_falls_on_a_repeating_batch(trainer, make_batch):
+def test_the_loss_falls_on_a_repeating_batch(trainer, make_batch, rng):
     tiny = trainer(**SMOOTH)
-    state, history = tiny.run([make_batch(np.random.default_rng())] * 30)
+    state, history = tiny.run([make_batch(rng)] * 30)
     assert losses(history)[0] == pytest.approx(np.log(300), abs=0.2)
     assert losses(history)[-1] < losses(history)[0] - 0.5
     assert state.step == 30
     assert all(np.isfinite(value) for metrics in history for value in metrics.values())
 
 
-def test_every_parameter_moves(trainer, make_batch):
+def test_every_parameter_moves(trainer, make_batch, rng):
     tiny = trainer(**CALM)
-    state, _ = tiny.run([make_batch(np.random.default_rng())] * 2)
+    state, _ = tiny.run([make_batch(rng)] * 2)
     still = jax.tree.map(lambda a, b: bool((a == b).all()), state.params, tiny.initial.params)
     assert not [jax.tree_util.keystr(path) for path, same in jax.tree.leaves_with_path(still) if same]
 
 
-def test_only_the_rows_of_the_batch_are_written(trainer, make_batch):
+def test_only_the_rows_of_the_batch_are_written(trainer, make_batch, rng):
     tiny = trainer(**CALM)
-    batches = [make_batch(np.random.default_rng()) for _ in range(2)]
+    batches = [make_batch(rng) for _ in range(2)]
     state, _ = tiny.run(batches)
     before, after = jax.device_get(tiny.initial.memory.tables[LAYER]), state.memory.tables[LAYER]
     touched = np.zeros(len(before.rows), bool)
@@ -164,9 +164,9 @@ def dense_gradients(parts, params, table_Rd, buffers, batch):
 
 
 @pytest.mark.slow
-def test_clipping_sees_the_rows_too(trainer, make_batch):
+def test_clipping_sees_the_rows_too(trainer, make_batch, rng):
     tiny = trainer(**SMOOTH)
-    batch = make_batch(np.random.default_rng())
+    batch = make_batch(rng)
     batch["targets"][:, ::3] = -1
     state, (metrics,) = tiny.run([batch])
     with jax.set_mesh(tiny.parts.mesh):
@@ -211,9 +211,9 @@ def test_catch_up_adam_trains_like_dense_adam(trainer, make_batch):
     assert np.abs(nearly - trained).mean() < 0.05 * np.abs(trained - catch_up.initial.memory.tables[LAYER].rows).mean()
 
 
-def test_the_balancing_bias_moves_by_its_speed(trainer, make_batch):
+def test_the_balancing_bias_moves_by_its_speed(trainer, make_batch, rng):
     tiny = trainer(**CALM)
-    batch = make_batch(np.random.default_rng())
+    batch = make_batch(rng)
     state, _ = tiny.run([batch])
     with jax.set_mesh(tiny.parts.mesh):
         start, batch = tiny.start(), tiny.on_devices(batch)
@@ -259,8 +259,8 @@ def test_every_mesh_trains_the_same(trainer, make_batch, axes, changes):
 
 
 @pytest.mark.slow
-def test_bfloat16_computes_and_float32_keeps(trainer, make_batch):
-    batches = [make_batch(np.random.default_rng())] * 5
+def test_bfloat16_computes_and_float32_keeps(trainer, make_batch, rng):
+    batches = [make_batch(rng)] * 5
     state, history = trainer(**CALM, model__dtype="bfloat16").run(batches)
     _, exact = trainer(**CALM).run(batches)
     assert {str(x.dtype) for x in jax.tree.leaves(state)} == {"float32", "int32"}
@@ -268,20 +268,20 @@ def test_bfloat16_computes_and_float32_keeps(trainer, make_batch):
     assert (losses(history) != losses(exact)).any()
 
 
-def test_the_state_is_donated(trainer, make_batch):
+def test_the_state_is_donated(trainer, make_batch, rng):
     tiny = trainer(**CALM)
     with jax.set_mesh(tiny.parts.mesh):
         state = tiny.start()
-        batch = tiny.on_devices(make_batch(np.random.default_rng()))
+        batch = tiny.on_devices(make_batch(rng))
         new_state, _, _ = tiny.train_step(state, batch, tiny.planner(batch))
     kept = [jax.tree_util.keystr(path) for path, x in jax.tree.leaves_with_path(state) if not x.is_deleted()]
     assert not kept
     assert not any(x.is_deleted() for x in jax.tree.leaves(new_state))
 
 
-def test_evaluation_sees_the_loss_of_the_next_step(trainer, make_batch):
+def test_evaluation_sees_the_loss_of_the_next_step(trainer, make_batch, rng):
     tiny = trainer(**CALM)
-    batch = make_batch(np.random.default_rng())
+    batch = make_batch(rng)
     batch["targets"][:, 5] = -1
     with jax.set_mesh(tiny.parts.mesh):
         state, on_devices = tiny.start(), tiny.on_devices(batch)

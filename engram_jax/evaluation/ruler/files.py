@@ -12,6 +12,7 @@ from pathlib import Path
 from engram_jax.config import ConfigError, require
 from engram_jax.data.tokenizer import Tokenizer
 from engram_jax.evaluation.ruler.items import Family, Item, answer_budget
+from engram_jax.files import write_text
 
 
 def read_items(folder: Path, family: Family, tokenizer: Tokenizer, limit: int) -> list[Item]:
@@ -42,19 +43,18 @@ def read_items(folder: Path, family: Family, tokenizer: Tokenizer, limit: int) -
 
 
 def write_items(path: Path, items: Sequence[Item], predictions: Sequence[str]) -> None:
-    """Items with their predictions. Atomic."""
+    """Writes items with their predictions, atomically."""
+    lines = []
+    for item, prediction in zip(items, predictions, strict=True):
+        values = {
+            "index": item.index,
+            "input": item.input,
+            "answer_prefix": item.answer_prefix,
+            "outputs": item.outputs,
+            "length": item.length,
+            "tokens_to_generate": item.tokens_to_generate,
+            "pred": prediction,
+        }
+        lines.append(json.dumps(values) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for item, prediction in zip(items, predictions, strict=True):
-            values = {
-                "index": item.index,
-                "input": item.input,
-                "answer_prefix": item.answer_prefix,
-                "outputs": item.outputs,
-                "length": item.length,
-                "tokens_to_generate": item.tokens_to_generate,
-                "pred": prediction,
-            }
-            file.write(json.dumps(values) + "\n")
-    temporary.replace(path)
+    write_text(path, "".join(lines))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engram_jax.config import ConfigError, require
 from engram_jax.evaluation.statistics import Metric, mean
-from engram_jax.evaluation.tasks import Result, Shared, register
+from engram_jax.evaluation.tasks import Result, Shared
 
 if TYPE_CHECKING:
     from engram_jax.evaluation.evaluated_run import EvaluatedRun
@@ -34,7 +34,6 @@ class Part(NamedTuple):
         return f"{self.family.name}@{self.label}"
 
 
-@register("ruler")
 @dataclass(frozen=True)
 class Ruler:
     """RULER (Hsieh et al. 2024): needles, variables, word counts and questions in text of any length."""

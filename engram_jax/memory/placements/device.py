@@ -1,33 +1,33 @@
-"""Tables in the memory of the devices that own them: arrays beside each other, or, on TPU, records (records.py).
+"""Tables in the memory of the devices that own them: one array per field, or on TPUs one array of records (records.py).
 
 Legend: U rows of a batch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from engram_jax.config import ConfigError, MemoryConfig
+from engram_jax.memory.placements.base import Placement, refuse_folder
 from engram_jax.memory.placements.records import Records
 from engram_jax.memory.table import TableState
 
 
 @dataclass(frozen=True)
-class DevicePlacement:
+class DevicePlacement(Placement):
+    """Every shard in the memory of its device."""
+
     as_records: bool = False
-    """One array for a row and all that is kept for it, as TPUs want it."""
-    in_program: bool = field(default=True, init=False)
+    """One array holds each row with its slots and its uses, the layout that TPUs read fast."""
+    on_device = True
 
     @classmethod
     def create(cls, config: MemoryConfig, platform: str) -> DevicePlacement:
+        refuse_folder(config)
         return cls(as_records=platform == "tpu")
-
-    def at_rest(self, mesh: Mesh, table: TableState | Records) -> None:
-        return None
 
     def check_room(self, shard_bytes: int, shards_here: int) -> None:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -32,7 +32,8 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from engram_jax.config import ConfigError, MemoryConfig
+from engram_jax.config import ConfigError
+from engram_jax.memory.placements.base import Placement
 from engram_jax.memory.table import TableState
 from engram_jax.sharding import MESH_AXES
 
@@ -56,14 +57,8 @@ class HostTable:
 
 
 @dataclass(frozen=True)
-class HostPlacement:
-    """Every array of the table in `pinned_host` memory. All but `at_rest` is called inside shard_map, under jit."""
-
-    in_program: bool = field(default=True, init=False)
-
-    @classmethod
-    def create(cls, config: MemoryConfig, platform: str) -> HostPlacement:
-        return cls()
+class HostPlacement(Placement):
+    """Every array of the table in `pinned_host` memory of the host whose device owns the shard."""
 
     def check_room(self, shard_bytes: int, shards_here: int) -> None:
         check_room(shard_bytes * shards_here)

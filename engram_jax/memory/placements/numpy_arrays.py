@@ -23,7 +23,7 @@ import shutil
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import jax
 import numpy as np
 
 from engram_jax.config import ConfigError, MemoryConfig, require
+from engram_jax.memory.placements.base import Placement
 from engram_jax.memory.placements.host import available_host_bytes
 from engram_jax.memory.table import TableState
 
@@ -39,24 +40,37 @@ PART_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class NumpyPlacement:
+class NumpyPlacement(Placement):
+    """Every shard in NumPy arrays of the process that feeds its device."""
+
     mmap_dir: str = ""
-    """Empty: in memory."""
-    in_program: bool = field(default=False, init=False)
+    """Folder for memory-mapped files. Empty: the arrays lie in memory."""
+    in_program = False
+    serving_placement = "host"
 
     @classmethod
     def create(cls, config: MemoryConfig, platform: str) -> NumpyPlacement:
         return cls(config.mmap_dir)
 
-    def allocate(self, num_rows: int, like: TableState) -> TableState:
-        return self.allocate_all({"table": num_rows}, like)["table"]
+    @property
+    def folder(self) -> str:
+        return self.mmap_dir
 
-    def allocate_all(self, num_rows: Mapping[str, int], like: TableState) -> dict[str, TableState]:
-        """Zeros for several tables of `num_rows` rows each, refused as a whole if they do not fit.
+    def allocate(self, num_rows: int, like: TableState) -> TableState:
+        return self.allocate_tables({"table": num_rows}, 1, like)["table"][0]
+
+    def allocate_tables(
+        self, num_rows: Mapping[str, int], shards: int, like: TableState
+    ) -> dict[str, list[TableState]]:
+        """Zeros for several tables; their shards are slices of common arrays. Refused as a whole if they do not fit.
 
         Raises:
           ConfigError: memory or disk is too small, or `mmap_dir` is used by another run or cannot be written to.
         """
+        whole = self._allocate({name: shards * rows for name, rows in num_rows.items()}, like)
+        return {name: _slices(whole[name], rows) for name, rows in num_rows.items()}
+
+    def _allocate(self, num_rows: Mapping[str, int], like: TableState) -> dict[str, TableState]:
         row_bytes = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
         needed = sum(num_rows.values()) * row_bytes
         if not self.mmap_dir:
@@ -102,8 +116,21 @@ class NumpyPlacement:
         _in_parts(rows, count)
         return table
 
+    def put_range(self, table: TableState, start: int, batch: TableState) -> None:
+        for array_R, new_U in zip(jax.tree.leaves(table), jax.tree.leaves(batch), strict=True):
+            place = array_R[start : start + len(new_U)]
+            new_U = np.asarray(new_U)[: len(place)]
+            if np.any(new_U) or np.any(place):  # files stay sparse where zeros would replace zeros
+                place[...] = new_U
+
 
 # --- rows ---
+
+
+def _slices(table: TableState, rows: int) -> list[TableState]:
+    """Views of a table's shards, of `rows` rows each."""
+    starts = range(0, len(table.uses), rows)
+    return [jax.tree.map(lambda x, start=start: x[start : start + rows], table) for start in starts]
 
 
 @functools.cache

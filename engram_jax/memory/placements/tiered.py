@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from engram_jax.config import ConfigError, MemoryConfig
+from engram_jax.memory.placements.base import Placement
 from engram_jax.memory.placements.device import DevicePlacement
 from engram_jax.memory.placements.host import HostPlacement, HostTable
 from engram_jax.memory.placements.records import Records
@@ -51,16 +52,23 @@ class TieredTable:
 
 
 @dataclass(frozen=True)
-class TieredPlacement:
+class TieredPlacement(Placement):
+    """The rows used most in device memory, every row in host memory."""
+
     hot_share: float
-    """Of a shard's rows, in (0, 1]."""
+    """Share of a shard's rows that are hot, in (0, 1]."""
     device: DevicePlacement
     host: HostPlacement
-    in_program: bool = field(default=True, init=False)
+    has_tiers = True
+    serving_placement = "host"
 
     @classmethod
     def create(cls, config: MemoryConfig, platform: str) -> TieredPlacement:
         return cls(config.hot_rows, DevicePlacement.create(config, platform), HostPlacement.create(config, platform))
+
+    @property
+    def device_share(self) -> float:
+        return self.hot_share
 
     def at_rest(self, mesh: Mesh, table: TieredTable) -> TieredTable:
         return TieredTable(None, None, None, self.host.at_rest(mesh, table.tail))  # type: ignore[arg-type]

@@ -1,24 +1,16 @@
-"""The rules by which rows move, by the names that `optimizer.table_optimizer` knows."""
+"""Row optimizers: how the rows of the tables move. `engram_jax.registries.ROW_OPTIMIZERS` has them by name.
+
+A new row optimizer needs no line here: these are the base class and the optimizers that scripts build by hand.
+"""
 
 from engram_jax.memory.row_optimizers.adam import CatchUpAdam, DenseAdam
+from engram_jax.memory.row_optimizers.base import RowOptimizer, at_step, bytes_per_row
 from engram_jax.memory.row_optimizers.frozen import FrozenRows
 from engram_jax.memory.row_optimizers.lazy_adam import LazyAdam
-from engram_jax.memory.row_optimizers.protocol import RowOptimizer, Slots, TableOptimizer, bytes_per_row
 from engram_jax.memory.row_optimizers.rowwise import RowwiseAdagrad, RowwiseRMSprop
 from engram_jax.memory.row_optimizers.sinkhorn import SinkhornMomentum
 
-ROW_OPTIMIZERS: dict[str, type[RowOptimizer]] = {
-    "catch_up_adam": CatchUpAdam,
-    "dense_adam": DenseAdam,
-    "lazy_adam": LazyAdam,
-    "rowwise_adagrad": RowwiseAdagrad,
-    "rowwise_rmsprop": RowwiseRMSprop,
-    "sinkhorn": SinkhornMomentum,
-    "frozen": FrozenRows,
-}
-
 __all__ = [
-    "ROW_OPTIMIZERS",
     "CatchUpAdam",
     "DenseAdam",
     "FrozenRows",
@@ -27,7 +19,6 @@ __all__ = [
     "RowwiseAdagrad",
     "RowwiseRMSprop",
     "SinkhornMomentum",
-    "Slots",
-    "TableOptimizer",
+    "at_step",
     "bytes_per_row",
 ]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import OptimizerConfig
-from engram_jax.memory.row_optimizers.protocol import at_step
+from engram_jax.memory.row_optimizers.base import RowOptimizer, at_step
 from engram_jax.memory.table import Slots
 
 
@@ -28,14 +28,14 @@ def adam_step(rows, m, v, grads, k, learning_rate, b1, b2, eps):
 
 
 @dataclass(frozen=True, eq=False)
-class DenseAdam:
+class DenseAdam(RowOptimizer):
     """Adam over the whole table at every step: time in proportion to the table, and the oracle of the tests."""
 
     learning_rates: np.ndarray  # float64 [steps]
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-20
-    whole_table: bool = field(default=True, init=False)
+    whole_table = True
 
     @classmethod
     def create(cls, config: OptimizerConfig, learning_rates: np.ndarray) -> DenseAdam:
@@ -43,9 +43,6 @@ class DenseAdam:
 
     def init(self, rows_RD: jax.Array) -> Slots:
         return {"m": jnp.zeros_like(rows_RD, jnp.float32), "v": jnp.zeros_like(rows_RD, jnp.float32)}
-
-    def read(self, rows_UD: jax.Array, slots: Slots, step: jax.Array) -> tuple[jax.Array, Slots]:
-        return rows_UD.astype(jnp.float32), slots
 
     def update(self, rows_UD: jax.Array, slots: Slots, grads_UD: jax.Array, step: jax.Array) -> tuple[jax.Array, Slots]:
         rate = at_step(self.learning_rates, step)
@@ -65,7 +62,7 @@ class DenseAdam:
 
 
 @dataclass(frozen=True, eq=False)
-class CatchUpAdam:
+class CatchUpAdam(RowOptimizer):
     """Dense Adam's trajectory, one row at a time, paid for when the row is next read.
 
     A row last updated at step s would, under dense Adam, have gone on moving on its decaying momentum. With
@@ -85,7 +82,6 @@ class CatchUpAdam:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-20
-    whole_table: bool = field(default=False, init=False)
     _missed_moves: np.ndarray = field(init=False, repr=False)  # F, float64 [steps + 1]
 
     def __post_init__(self):
@@ -118,6 +114,9 @@ class CatchUpAdam:
         rate = at_step(self.learning_rates, step)
         rows, m, v = adam_step(rows_UD, slots["m"], slots["v"], grads_UD, step + 1, rate, self.b1, self.b2, self.eps)
         return rows, {"m": m, "v": v, "last_step": slots["last_step"] + 1}
+
+    def last_updates(self, slots: Slots) -> jax.Array:
+        return slots["last_step"]
 
 
 def _missed_moves(learning_rates: np.ndarray, b1: float, b2: float) -> np.ndarray:

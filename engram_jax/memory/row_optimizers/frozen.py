@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import OptimizerConfig
+from engram_jax.memory.row_optimizers.base import RowOptimizer
 from engram_jax.memory.table import Slots
 
 
 @dataclass(frozen=True)
-class FrozenRows:
+class FrozenRows(RowOptimizer):
     """A training step takes no gradient of the rows and writes none (training/step.py); asked all the same, `update`
     changes nothing."""
 
-    whole_table: bool = field(default=False, init=False)
+    moves_rows = False
 
     @classmethod
     def create(cls, config: OptimizerConfig, learning_rates: np.ndarray) -> FrozenRows:
@@ -25,9 +25,6 @@ class FrozenRows:
 
     def init(self, rows_RD: jax.Array) -> Slots:
         return {}
-
-    def read(self, rows_UD: jax.Array, slots: Slots, step: jax.Array) -> tuple[jax.Array, Slots]:
-        return rows_UD.astype(jnp.float32), slots
 
     def update(self, rows_UD: jax.Array, slots: Slots, grads_UD: jax.Array, step: jax.Array) -> tuple[jax.Array, Slots]:
         return rows_UD, slots

@@ -6,7 +6,7 @@ Legend: U rows of a batch, R all rows of a table, D row width. Update number k =
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from engram_jax.memory.row_optimizers.adam import DenseAdam
 
@@ -23,4 +23,4 @@ class LazyAdam(DenseAdam):
     seen once goes a thirteenth of the way here.) `CatchUpAdam` does both at the same cost.
     """
 
-    whole_table: bool = field(default=False, init=False)
+    whole_table = False

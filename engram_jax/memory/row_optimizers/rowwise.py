@@ -9,14 +9,14 @@ Legend: U rows of a batch, R all rows of a table, D row width. Update number k =
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import OptimizerConfig
-from engram_jax.memory.row_optimizers.protocol import at_step
+from engram_jax.memory.row_optimizers.base import RowOptimizer, at_step
 from engram_jax.memory.table import Slots
 
 
@@ -25,13 +25,12 @@ def _mean_square(grads_UD: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True, eq=False)
-class RowwiseAdagrad:
+class RowwiseAdagrad(RowOptimizer):
     """v_k = v_{k-1} + mean(g_k^2), row_k = row_{k-1} - lr_k g_k / (sqrt(v_k) + eps). A step without a gradient changes
     nothing, so there is nothing to catch up."""
 
     learning_rates: np.ndarray  # float64 [steps]
     eps: float = 1e-20
-    whole_table: bool = field(default=False, init=False)
 
     @classmethod
     def create(cls, config: OptimizerConfig, learning_rates: np.ndarray) -> RowwiseAdagrad:
@@ -40,9 +39,6 @@ class RowwiseAdagrad:
     def init(self, rows_RD: jax.Array) -> Slots:
         return {"v": jnp.zeros_like(rows_RD[:, 0], jnp.float32)}
 
-    def read(self, rows_UD: jax.Array, slots: Slots, step: jax.Array) -> tuple[jax.Array, Slots]:
-        return rows_UD.astype(jnp.float32), slots
-
     def update(self, rows_UD: jax.Array, slots: Slots, grads_UD: jax.Array, step: jax.Array) -> tuple[jax.Array, Slots]:
         v_U = slots["v"] + _mean_square(grads_UD)
         rate_U = at_step(self.learning_rates, step) / (jnp.sqrt(v_U) + self.eps)
@@ -50,7 +46,7 @@ class RowwiseAdagrad:
 
 
 @dataclass(frozen=True, eq=False)
-class RowwiseRMSprop:
+class RowwiseRMSprop(RowOptimizer):
     """Adagrad that forgets, bias-corrected by the number of the step:
 
         v_k = b2 v_{k-1} + (1 - b2) mean(g_k^2),   row_k = row_{k-1} - lr_k g_k / (sqrt(v_k / (1 - b2^k)) + eps).
@@ -63,7 +59,6 @@ class RowwiseRMSprop:
     learning_rates: np.ndarray  # float64 [steps]
     b2: float = 0.95
     eps: float = 1e-20
-    whole_table: bool = field(default=False, init=False)
 
     @classmethod
     def create(cls, config: OptimizerConfig, learning_rates: np.ndarray) -> RowwiseRMSprop:
@@ -87,3 +82,6 @@ class RowwiseRMSprop:
         correction = -jnp.expm1(jnp.asarray(step + 1, jnp.float32) * np.log(self.b2))  # 1 - b2^k
         rate_U = at_step(self.learning_rates, step) / (jnp.sqrt(v_U / correction) + self.eps)
         return rows_UD - rate_U[:, None] * grads_UD, {"v": v_U, "last_step": slots["last_step"] + 1}
+
+    def last_updates(self, slots: Slots) -> jax.Array:
+        return slots["last_step"]

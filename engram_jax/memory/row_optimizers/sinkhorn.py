@@ -6,14 +6,14 @@ Legend: R local rows of a shard, D row width. Update number k = step + 1 has lea
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import OptimizerConfig
-from engram_jax.memory.row_optimizers.protocol import at_step
+from engram_jax.memory.row_optimizers.base import RowOptimizer, at_step
 from engram_jax.memory.table import Slots
 
 
@@ -40,7 +40,7 @@ def _reciprocal(x: jax.Array) -> jax.Array:
 
 
 @dataclass(frozen=True, eq=False)
-class SinkhornMomentum:
+class SinkhornMomentum(RowOptimizer):
     """Nesterov momentum, its small rows zeroed and the rest balanced (V4.1 report, 2.4.2 and Algorithm 1):
 
         m_k = b m_{k-1} + (1 - b) g_k
@@ -58,7 +58,7 @@ class SinkhornMomentum:
     iterations: int = 11
     tau: float = 1e-3
     update_rms: float = 0.18
-    whole_table: bool = field(default=True, init=False)
+    whole_table = True
 
     @classmethod
     def create(cls, config: OptimizerConfig, learning_rates: np.ndarray) -> SinkhornMomentum:
@@ -72,12 +72,6 @@ class SinkhornMomentum:
 
     def init(self, rows_RD: jax.Array) -> Slots:
         return {"m": jnp.zeros_like(rows_RD, jnp.float32)}
-
-    def read(self, rows_UD: jax.Array, slots: Slots, step: jax.Array) -> tuple[jax.Array, Slots]:
-        return rows_UD.astype(jnp.float32), slots
-
-    def update(self, rows_UD: jax.Array, slots: Slots, grads_UD: jax.Array, step: jax.Array) -> tuple[jax.Array, Slots]:
-        raise TypeError("SinkhornMomentum balances the whole table and has no update of single rows: use update_table.")
 
     def update_table(
         self,

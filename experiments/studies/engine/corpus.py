@@ -1,4 +1,4 @@
-"""The corpus, opened before anything is trained: is there enough of it, and is it the one that finished runs saw?"""
+"""Checks of the corpus before anything is trained: is it long enough, and is it the text that finished runs saw?"""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from experiments.studies.engine.results import results
 def check_corpus(
     points: Sequence[Point], seeds: int, study_dir: Path, known: FinishedRuns, log: Callable[[str], None]
 ) -> None:
-    """Opens what all points read (the first time it is tokenised) and logs how often they do; nothing if all is known.
+    """Opens the text that all points read, and logs how often they read it. Does nothing if all runs are finished.
+
+    The first time, the text is tokenised.
 
     Raises:
-      ConfigError: the corpus is unfit, or another than the one of a run that is finished or known.
-      RunError: those disagree among themselves.
+      ConfigError: the corpus is unfit, or it is not the text of a run that is finished or known.
+      RunError: finished runs saw different texts.
     """
     from engram_jax.data.loader import load_data
     from engram_jax.data.repeats import repeats_line
@@ -38,6 +40,6 @@ def check_corpus(
         row = results(points, seeds, study_dir, known)[0]
         if row["corpus_sha256"] != text.corpus_sha256:
             raise ConfigError(
-                f"data.corpus={data.corpus!r} is not the text that finished runs saw ({row['point']}-seed{row['seed']} "
-                "for instance): restore it, or start anew in another --out without them."
+                f"data.corpus={data.corpus!r} is not the text that finished runs saw, such as "
+                f"{row['point']}-seed{row['seed']}: restore the text, or start again in another --out."
             )

@@ -1,12 +1,13 @@
-"""Points without an order, each against the baseline: what of the differences is more than the spread over seeds.
+"""Points without an order, each against the baseline: which differences are more than the spread over seeds.
 
-Of twenty comparisons one is beyond a 95 % interval by chance, so probabilities are Holm's: each is the chance of so
-clear a difference anywhere in the study, were there none at all. Two of them for every point. One takes the point's own
-scatter over seeds, the only one that assumes nothing; with three seeds it can hardly find anything among twenty. The
-other takes the scatter of all points together (Student's test in a randomised block design, a seed being a block:
-points times seeds less means make many more degrees of freedom), and holds if all points scatter alike.
+Of twenty comparisons, chance puts one beyond a 95 % interval. Probabilities are therefore Holm's: each is the chance of
+so clear a difference anywhere in the study, if there were no difference at all. Every point has two of them.
 
-P points, S seeds (suffixes)
+The first takes the point's own scatter over seeds. It assumes nothing more, and with three seeds it can hardly find
+anything among twenty. The second takes the scatter of all points together (Student's test in a randomised block design
+with seeds as blocks, which has many more degrees of freedom). It holds if all points scatter alike.
+
+Legend: P points, S seeds (suffixes).
 """
 
 from __future__ import annotations
@@ -15,40 +16,65 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy import stats
 
+from engram_jax.evaluation.over_seeds import LEVEL, OverSeeds
+from engram_jax.markdown import table
 from experiments.studies.engine.declared import Point, Study
-from experiments.studies.engine.fits import LEVEL, interval, measured
 from experiments.studies.engine.results import complete, losses_by_seed
 
 DOUBT = 1 - LEVEL / 100
-"""What is less probable than this by chance is called found."""
+"""A difference that chance makes with less probability than this is found."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Comparison:
     """A point against the baseline."""
 
     name: str
-    by_S: np.ndarray
-    """Its loss less the baseline's, for every seed that both have."""
+    by: OverSeeds
+    """Its loss minus the baseline's, for every seed that both have; nats per token."""
     p_own: float
-    """By its own scatter, after Holm; nan: one seed."""
+    """Probability by its own scatter, after Holm's correction; NaN with one seed."""
     p_pooled: float
-    """By that of all points, after Holm; nan: fewer than two seeds have all points."""
+    """Probability by the scatter of all points, after Holm's correction; NaN below two seeds with all points."""
+    paper: float | None = None
+    """The paper's difference, where it has one."""
 
     @property
-    def mean(self) -> float:
-        return float(self.by_S.mean())
+    def spread(self) -> Literal["unknown", "within", "more", "more if all points scatter alike"]:
+        """Whether the difference is more than the spread among all comparisons; unknown with one seed."""
+        if len(self.by.values) < 2:
+            return "unknown"
+        if self.p_own < DOUBT:
+            return "more"
+        return "more if all points scatter alike" if self.p_pooled < DOUBT else "within"
 
 
-def compare(study: Study, points: Sequence[Point], rows: Sequence[Mapping[str, Any]]) -> list[Comparison]:
+@dataclass(frozen=True)
+class Differences:
+    """All points against the baseline."""
+
+    baseline: str
+    comparisons: tuple[Comparison, ...]
+    """Of the points that share a finished seed with the baseline."""
+
+    def found(self, spread: str) -> dict[str, list[str]]:
+        """Names of the points with this `spread` that are "better" and that are "worse" than the baseline."""
+        of_kind = [each for each in self.comparisons if each.spread == spread]
+        return {
+            "better": [each.name for each in of_kind if each.by.mean < 0],
+            "worse": [each.name for each in of_kind if each.by.mean > 0],
+        }
+
+
+def compare(study: Study, points: Sequence[Point], rows: Sequence[Mapping[str, Any]]) -> Differences:
     """Every other point that shares a finished seed with the baseline."""
     losses, baseline = losses_by_seed(rows), study.baseline_of(points).name
-    theirs = losses.get(baseline, {})
+    theirs, paper = losses.get(baseline, {}), papers_differences(study)
     by = {}
     for point in points:
         ours = losses.get(point.name, {})
@@ -57,7 +83,13 @@ def compare(study: Study, points: Sequence[Point], rows: Sequence[Mapping[str, A
     own = holm({name: own_p(by_S) for name, by_S in by.items()})
     _, loss_PS = complete([point for point in points if point.name in by or point.name == baseline], rows)
     pooled = holm({name: pooled_p(loss_PS, by_S) for name, by_S in by.items()})
-    return [Comparison(name, by_S, own[name], pooled[name]) for name, by_S in by.items()]
+    return Differences(
+        baseline,
+        tuple(
+            Comparison(name, OverSeeds(tuple(map(float, by_S))), own[name], pooled[name], paper.get(name))
+            for name, by_S in by.items()
+        ),
+    )
 
 
 def own_p(by_S: np.ndarray) -> float:
@@ -95,71 +127,32 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
     return corrected
 
 
-def verdict(comparisons: Sequence[Comparison], baseline: str, paper: Mapping[str, float]) -> list[str]:
-    """A summary, then a sentence for every point."""
-    if not comparisons:
-        return [f"Nothing is compared: no seed has both {baseline} and another point finished."]
-    sentences = [_summary(comparisons, baseline)]
-    for each in comparisons:
-        by = f" (The paper: {paper[each.name]:+.4f}.)" if each.name in paper else ""
-        sentences.append(f"{measured(each.by_S, each.name, baseline)}: {_judged(each, len(comparisons))}.{by}")
-    return sentences
-
-
-def _judged(each: Comparison, number: int) -> str:
-    among = f"among {number} comparisons" if number > 1 else "over seeds"
-    own, pooled = f"p = {each.p_own:.2g}", f"p = {each.p_pooled:.2g}"
-    if len(each.by_S) < 2:
-        return "with one seed its spread is unknown"
-    if each.p_own < DOUBT:
-        return f"more than the spread {among} ({own})"
-    if each.p_pooled < DOUBT:
-        return f"more than the spread {among} if all points scatter alike ({pooled}; by its own scatter {own})"
-    together = "" if np.isnan(each.p_pooled) else f"; by the scatter of all {pooled}"
-    return f"nothing found beyond the spread {among} ({own}{together})"
-
-
-def _summary(comparisons: Sequence[Comparison], baseline: str) -> str:
-    by_own = [each for each in comparisons if each.p_own < DOUBT]
-    by_all = [each for each in comparisons if each.p_pooled < DOUBT and each not in by_own]
-    sentence = f"Of {len(comparisons)} compared with {baseline}, more than the spread: {_sides(by_own)}."
-    return sentence + (f" And if all points scatter alike: {_sides(by_all)}." if by_all else "")
-
-
-def _sides(found: Sequence[Comparison]) -> str:
-    sides = {
-        "better": [each.name for each in found if each.mean < 0],
-        "worse": [each.name for each in found if each.mean > 0],
-    }
-    return "; ".join(f"{', '.join(names)} {side}" for side, names in sides.items() if names) or "none"
-
-
-def differences_table(comparisons: Sequence[Comparison], paper: Mapping[str, float]) -> list[str]:
+def differences_table(found: Differences) -> list[str]:
     """One row a point."""
-    lines = [
-        f"| point | seeds | difference | {LEVEL} % interval | p, own scatter | p, pooled scatter | the paper |",
-        "|---" * 7 + "|",
-    ]
-    for each in comparisons:
-        low, high = interval(each.by_S)
-        around = f"{low:+.4f} to {high:+.4f}" if len(each.by_S) > 1 else "-"
-        theirs = f"{paper[each.name]:+.4f}" if each.name in paper else "-"
-        cells = [each.name, str(len(each.by_S)), f"{each.mean:+.4f}", around, _p(each.p_own), _p(each.p_pooled), theirs]
-        lines.append("| " + " | ".join(cells) + " |")
+    header = ["point", "seeds", "difference", f"{LEVEL} % interval", "p, own scatter", "p, pooled scatter", "the paper"]
+    body = []
+    for each in found.comparisons:
+        interval = each.by.interval()
+        body.append(
+            [
+                each.name,
+                str(len(each.by.values)),
+                f"{each.by.mean:+.4f}",
+                "-" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}",
+                *("-" if np.isnan(p) else f"{p:.2g}" for p in (each.p_own, each.p_pooled)),
+                "-" if each.paper is None else f"{each.paper:+.4f}",
+            ]
+        )
     return [
-        *lines,
+        *table(header, body),
         "",
-        "Differences are paired by seed, in nats per token; below 0 is better. Intervals are Student's, for each point "
-        "alone; probabilities are corrected for the number of comparisons (Holm).",
+        "Differences are paired by seed, in nats per token; below 0 is better. Intervals are Student's, of each point "
+        "by itself. Probabilities are corrected for the number of comparisons (Holm).",
     ]
-
-
-def _p(p: float) -> str:
-    return "-" if np.isnan(p) else f"{p:.2g}"
 
 
 def papers_differences(study: Study) -> dict[str, float]:
-    """The paper's losses less its baseline's, by point."""
+    """The paper's losses minus its baseline's, by point."""
     if not study.paper:
         return {}
     paper = json.loads((Path(__file__).parents[1] / "paper" / study.paper).read_text())

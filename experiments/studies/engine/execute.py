@@ -1,8 +1,8 @@
-"""Trains what a study still lacks. Each run is an ordinary run's folder; several processes may share a study.
+"""Trains the runs that a study still lacks. Each is an ordinary run's folder; several processes may share a study.
 
 DIR/plan.json           the points' settings, which every later start must agree with
 DIR/runs/POINT-seedN    the runs
-DIR/claims/             one locked file per run being trained, by whichever process trains it
+DIR/claims/             one file per run, locked by the process that trains the run
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 from engram_jax.config import ConfigError, RunConfig, differences, from_dict, replace, to_dict
 from engram_jax.errors import FINISHED
+from engram_jax.files import write_text
 from engram_jax.version import __version__
 from experiments.studies.engine.declared import Point
-from experiments.studies.engine.files import write_text
 from experiments.studies.engine.finished_runs import free_to_change
 
 Train = Callable[[RunConfig, Path], int]
-"""Trains a run in a folder, continuing what is there; returns its exit status (errors.py)."""
+"""Trains a run in a folder, from its last checkpoint if there is one; returns its exit status (errors.py)."""
 
 
 def run_dir(study_dir: Path, point: Point, seed: int) -> Path:
@@ -40,16 +40,21 @@ def has_plan(study_dir: Path) -> bool:
 
 
 def agree_on_plan(study_dir: Path, name: str, points: Sequence[Point], write: bool = True) -> None:
-    """Writes plan.json, or compares with the one that is there. More seeds are welcome, and so are more points.
+    """Writes plan.json, or compares the points with it. A later start may have more points and more seeds.
+
+    Args:
+      write: False only compares.
 
     Raises:
-      ConfigError: the folder holds a study with other settings or of another version, or is none.
+      ConfigError: the folder holds a study with other settings or of another version, or something else.
     """
     ours = {"study": name, "version": __version__, "points": [_described(point) for point in points]}
     path = study_dir / "plan.json"
     if not has_plan(study_dir):
         if _is_other(study_dir) and not path.exists():  # looked for again: another process may have begun meanwhile
-            raise ConfigError(f"{study_dir} holds files and no plan.json, so it is no study: give another --out.")
+            raise ConfigError(
+                f"{study_dir} is not a study's folder: it has files and no plan.json. Give another --out."
+            )
         if not write:
             raise ConfigError(f"{study_dir} has no plan.json: nothing of this study was trained here.")
         try:
@@ -65,20 +70,20 @@ def agree_on_plan(study_dir: Path, name: str, points: Sequence[Point], write: bo
     if changed:
         more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise ConfigError(
-            f"{study_dir} holds a study with other settings ({'; '.join(changed[:4])}{more}). Give this one its own "
-            "--out, or delete that folder to start again."
+            f"{study_dir} holds a study with other settings ({'; '.join(changed[:4])}{more}). Give this study its own "
+            "--out, or give it the settings that the folder has."
         )
     if write and len(ours["points"]) > len(saved["points"]):
         write_text(path, _spelt(ours))
 
 
 def _is_other(study_dir: Path) -> bool:
-    """Whether the folder holds anything but a plan and what becomes one."""
+    """Whether the folder holds anything but a plan and its temporary files."""
     return study_dir.is_dir() and any(not entry.name.startswith("plan.json") for entry in study_dir.iterdir())
 
 
 def _begin(path: Path, plan: dict[str, Any]) -> None:
-    """Written by another name and linked: of two processes that start at once, one has its plan there, both read it."""
+    """Writes the plan under another name and links it: of two processes that start at once, the first one's stays."""
     own = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         own.write_text(_spelt(plan))
@@ -116,18 +121,24 @@ def check_finished(folder: Path, config: RunConfig) -> None:
     try:
         saved = from_dict(RunConfig, json.loads((folder / "config.json").read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{folder} has a result and no config that can be read ({error}): delete it.") from None
+        raise ConfigError(
+            f"{folder}/config.json cannot be read ({error}): restore it, or delete the folder to train the run again."
+        ) from None
     # A run's own config also holds what its tokenizer made of it.
     size = saved.model.engram.engram_compressed_vocab_size
     if changed := _differences(replace(config, model__engram__engram_compressed_vocab_size=size), saved):
-        raise ConfigError(f"{folder} holds a run with other settings ({'; '.join(changed)}): delete it.")
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({'; '.join(changed)}): give the study these settings, or "
+            "another --out."
+        )
 
 
 @contextlib.contextmanager
 def claimed(study_dir: Path, folder: Path) -> Iterator[bool]:
-    """Whether this process may train the run; nobody else may until the context is left or the process ends.
+    """Whether this process may train the run. No other process may, until the block or this process ends.
 
-    Not the run's own lock: whoever finds that one taken waits and then fails, while a study goes on to the next run.
+    This is not the run's own lock: a process that finds that one taken waits and then fails, while a study goes on to
+    the next run.
     """
     path = study_dir / "claims" / f"{folder.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,12 +159,17 @@ def execute(
     log: Callable[[str], None],
     known: Container[tuple[str, int]] = (),
 ) -> int:
-    """Trains every run that is neither finished, nor known (by point and seed), nor another process's, seed by seed.
+    """Trains every run that is not finished, not known, and not claimed by another process; seed by seed.
 
-    Returns FINISHED, or the status of what stopped a run. Runs of other processes are left to them.
+    Args:
+      known: runs that were finished elsewhere, by point and seed.
+
+    Returns:
+      FINISHED, or the exit status of a run that was stopped.
 
     Raises:
-      ConfigError, RunError: of the run that failed; or a finished run has other settings.
+      ConfigError: a finished run has other settings.
+      ConfigError, RunError: those of a run that fails.
     """
     runs = [
         (point.seeded(seed), run_dir(study_dir, point, seed))

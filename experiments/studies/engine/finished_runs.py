@@ -1,4 +1,4 @@
-"""Runs that were finished elsewhere, known by their line of a results.jsonl alone: neither trained nor looked into."""
+"""Runs finished elsewhere, of which only a line of a results.jsonl remains."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from experiments.runs.fingerprint import fingerprint
 from experiments.studies.engine.declared import Point
 
 SETTINGS = "settings"
+"""Field of a line that identifies the run's settings."""
 NUMBERS, CORPUS = ("validation_loss", "bits_per_byte"), "corpus_sha256"
-"""Of a run that has finished: its losses, and the text it saw."""
+"""Fields of a line with the run's losses, and with the text that it saw."""
 FinishedRuns = dict[tuple[str, int], dict[str, Any]]
-"""By point and seed, the line."""
+"""The lines, by point and seed."""
 
 
 def settings_of(config: RunConfig) -> str:
-    """What two runs must share to be the same one."""
+    """Fingerprint of the settings: equal for two runs with equal numbers."""
     return fingerprint(config, ignored=free_to_change())
 
 
 def free_to_change() -> tuple[str, ...]:
-    """Beginnings of the settings that do not matter here: those that a run may change when it continues, but for how
-    much held-out text its loss at the end is measured on."""
+    """Beginnings of the settings that do not matter for a run's numbers.
+
+    A run may change these when it continues; but the amount of held-out text that the final loss is measured on
+    matters here.
+    """
     from engram_jax.runs.settings import FREE_TO_CHANGE
 
     return (*(path for path in FREE_TO_CHANGE if path != "train.eval_"), "train.eval_every:", "train.eval_batches:")
 
 
 def check_numbers(finished: Any) -> None:
-    """Raises `KeyError` or `ValueError` unless these are the numbers of a run that has finished."""
+    """Raises `KeyError` or `ValueError` unless `finished` has the numbers of a finished run."""
     for name in NUMBERS:
         if not isinstance(finished[name], int | float) or not math.isfinite(finished[name]):
             raise ValueError(f"{name} is {finished[name]!r}")
@@ -42,13 +46,13 @@ def check_numbers(finished: Any) -> None:
 
 
 def runs_from_files(files: Sequence[Path], points: Sequence[Point], seeds: int | None) -> FinishedRuns:
-    """Of these points' runs, those that the files have under any name: another study may have trained them.
+    """The lines of the files that belong to these points, by their settings: another study may have trained the run.
 
     Args:
-      seeds: only those below. None: all that the files have.
+      seeds: only seeds below this number. None: all seeds of the files.
 
     Raises:
-      ConfigError: no such file, one that holds no raw numbers with their settings, or none of these points.
+      ConfigError: a file cannot be read or has other lines, or no line is of these points.
     """
     lines = {}
     for file in files:
@@ -68,7 +72,7 @@ def runs_from_files(files: Sequence[Path], points: Sequence[Point], seeds: int |
                 known[point.name, seed] = row | {"point": point.name, "x": point.x, "series": point.series}
     require(
         bool(known) or not files,
-        f"--results {' '.join(map(str, files))}: none of the {len(lines)} runs there is one of this study's: other "
-        "points, seeds or settings (data.corpus among them, as it was given). Give the settings that they have.",
+        f"--results {' '.join(map(str, files))}: none of its {len(lines)} runs belongs to this study. They have other "
+        "points, seeds or settings (data.corpus counts as it was written). Give the settings that they have.",
     )
     return known

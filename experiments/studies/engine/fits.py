@@ -1,6 +1,6 @@
-"""What a study's losses say: a curve through them, its interval over seeds, and the sentence that follows.
+"""Curves through a study's losses, and what resampling makes of them.
 
-P points, S seeds (suffixes)
+Legend: P, Q points, S seeds (suffixes).
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from engram_jax.evaluation.over_seeds import LEVEL
+
 RESAMPLES = 2000
-LEVEL = 95
-"""Of the intervals, in percent."""
+TAIL = (100 - LEVEL) / 2
+"""Percent on either side of an interval."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A polynomial in x (parabola) or log10(x) (line), highest power first, with what resampling made of it."""
+    """A polynomial in x (parabola) or log10(x) (line), highest power first, and its resampled coefficients."""
 
     shape: Literal["valley", "log_line"]
     coefficients: np.ndarray
@@ -30,15 +32,16 @@ class Fit:
 
     @property
     def is_followed(self) -> bool:
+        """Whether the points miss the curve by no more than their scatter over seeds explains."""
         return self.p_misfit >= 1 - LEVEL / 100
 
     def at(self, x: np.ndarray) -> np.ndarray:
+        """The curve's losses."""
         return np.polyval(self.coefficients, abscissa(self.shape, x))
 
     def interval(self, of: Callable[[np.ndarray], float]) -> tuple[float, float]:
         """Middle LEVEL percent of a number computed from the coefficients."""
-        tail = (100 - LEVEL) / 2
-        low, high = np.percentile([of(c) for c in self.resampled], [tail, 100 - tail], method="inverted_cdf")
+        low, high = np.percentile([of(c) for c in self.resampled], [TAIL, 100 - TAIL], method="inverted_cdf")
         return float(low), float(high)
 
 
@@ -72,7 +75,7 @@ def fit(shape: Literal["valley", "log_line"], x_P: np.ndarray, loss_PS: np.ndarr
 
 
 def _misfit(centred_PS: np.ndarray, fitted_P: np.ndarray, freedom: int) -> float:
-    """The points' distance from the curve against the seeds' from the points."""
+    """The points' distance from the curve against the seeds' distance from the points."""
     P, S = centred_PS.shape
     mean_P = centred_PS.mean(axis=1)
     of_seeds = np.square(centred_PS - mean_P[:, None]).sum() / ((P - 1) * (S - 1))
@@ -86,90 +89,19 @@ def lowest(coefficients: np.ndarray) -> float:
     return float(-b / (2 * a)) if a > 0 else float("inf")
 
 
-def moved(ours: Fit, theirs: Fit, x_label: str) -> str:
-    """How far our parabola's lowest point lies from theirs; nothing if either has none, or is missed by its points."""
-    if not (ours.is_followed and theirs.is_followed):
-        return "not compared, since the points do not follow their parabolas."
-    if not np.isfinite([lowest(ours.coefficients), lowest(theirs.coefficients)]).all():
-        return "not compared, since one of the parabolas has none."
-    # Drawn anew by themselves, so that any pairing of the draws will do.
+def moved(ours: Fit, theirs: Fit) -> tuple[float, float, float]:
+    """How far our parabola's lowest point lies from theirs: the distance and its interval, in units of x."""
+    # Each was resampled by itself, so any pairing of the draws will do.
     by = [lowest(a) - lowest(b) for a, b in zip(ours.resampled, reversed(theirs.resampled), strict=True)]
-    tail = (100 - LEVEL) / 2
-    low, high = np.nanpercentile(by, [tail, 100 - tail], method="inverted_cdf")
-    mean = lowest(ours.coefficients) - lowest(theirs.coefficients)
-    numbers = f"{mean:+.1f} ({LEVEL} % interval {low:+.1f} to {high:+.1f}) on the axis of {x_label!r}"
-    return f"{numbers}: {'nothing found beyond the spread' if low <= 0 <= high else 'more than the spread'}."
-
-
-def sentence(curve: Fit, x_P: np.ndarray, x_label: str) -> str:
-    """The verdict on the curve, from its numbers alone."""
-    said = _on_valley(curve, x_P, x_label) if curve.shape == "valley" else _on_line(curve)
-    if curve.is_followed:
-        return said
-    return (
-        f"{said} But the points do not follow the curve: they miss it by more than the spread over seeds "
-        f"(p = {curve.p_misfit:.2g}), so this says where the curve lies, not where the losses do."
-    )
-
-
-def _on_valley(curve: Fit, x_P: np.ndarray, x_label: str) -> str:
-    where, (low, high) = lowest(curve.coefficients), curve.interval(lowest)
-    if min(x_P) < low and high < max(x_P):
-        numbers = f"{where:.1f} ({LEVEL} % interval {low:.1f} to {high:.1f})"
-        return f"The fitted parabola is lowest at {numbers}, on the axis of {x_label!r}."
-    return (
-        "Nothing found beyond the spread about where the loss is lowest: "
-        f"the {LEVEL} % interval of the fitted parabola's lowest point, {low:.1f} to {high:.1f}, reaches past the "
-        f"points, {min(x_P):g} to {max(x_P):g}."
-    )
-
-
-def _on_line(curve: Fit) -> str:
-    slope, (low, high) = float(curve.coefficients[0]), curve.interval(lambda c: float(c[0]))
-    numbers = f"{slope:+.4f} nats per decade ({LEVEL} % interval {low:+.4f} to {high:+.4f})"
-    if low <= 0 <= high:
-        return f"Nothing found beyond the spread: the fitted line's slope is {numbers}."
-    return f"The loss {'falls' if slope < 0 else 'rises'} along the fitted line by {numbers}."
-
-
-def difference(ours_S: np.ndarray, theirs_S: np.ndarray, ours: str, theirs: str) -> str:
-    """One point against another, by Student's interval of the mean difference over the seeds that both have.
-
-    Seed by seed, since equal seeds see equal batches: what a seed does to both is no reason to doubt the difference.
-    """
-    by_S = ours_S - theirs_S
-    head = measured(by_S, ours, theirs)
-    if len(by_S) < 2:
-        return f"{head}. With one seed the spread over seeds is unknown."
-    low, high = interval(by_S)
-    if low <= 0 <= high:
-        return f"{head}: nothing found beyond the spread over seeds."
-    return f"{head}: more than the spread over seeds."
-
-
-def measured(by_S: np.ndarray, ours: str, theirs: str) -> str:
-    """The difference and its interval, without a verdict."""
-    listed = ", ".join(f"{by:+.4f}" for by in by_S)
-    head = f"{ours} against {theirs}: {by_S.mean():+.4f} nats per token (seed by seed {listed}"
-    if len(by_S) < 2:
-        return f"{head})"
-    low, high = interval(by_S)
-    return f"{head}; {LEVEL} % interval {low:+.4f} to {high:+.4f})"
-
-
-def interval(by_S: np.ndarray) -> tuple[float, float]:
-    """Student's, of the mean; infinite with one seed."""
-    if len(by_S) < 2:
-        return -np.inf, np.inf
-    half = stats.t.ppf(0.5 + LEVEL / 200, len(by_S) - 1) * by_S.std(ddof=1) / np.sqrt(len(by_S))
-    return float(by_S.mean() - half), float(by_S.mean() + half)
+    low, high = np.nanpercentile(by, [TAIL, 100 - TAIL], method="inverted_cdf")
+    return lowest(ours.coefficients) - lowest(theirs.coefficients), float(low), float(high)
 
 
 def offset(x_P: np.ndarray, ours_PS: np.ndarray, x_Q: np.ndarray, theirs_QS: np.ndarray) -> tuple[float, np.ndarray]:
     """How far our line lies above theirs, each fitted to the losses of one seed in log10(x).
 
     Returns:
-      The x it is read at, in the middle of those that both lines cover, and the offset of every seed [S].
+      The x at which it is read, in the middle of the x that both lines cover, and the offset of every seed [S].
     """
     logs = np.log10(x_P), np.log10(x_Q)
     middle = (max(log.min() for log in logs) + min(log.max() for log in logs)) / 2

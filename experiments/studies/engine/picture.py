@@ -1,4 +1,7 @@
-"""A study's picture: losses with error bars over seeds and the fitted curves; the paper's beside them."""
+"""A study's picture: losses with error bars over seeds and the fitted curves; the paper's numbers beside them.
+
+Legend: P points, S seeds (suffixes).
+"""
 
 from __future__ import annotations
 
@@ -12,51 +15,63 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engram_jax.comparison.picture import STYLES
-from experiments.studies.engine import differences, fits
+from engram_jax.evaluation.over_seeds import LEVEL, OverSeeds
+from engram_jax.pictures import HEADING, SMALL, STYLES, TEXT, TITLE, plain_axes, save
+from experiments.studies.engine import fits
 from experiments.studies.engine.declared import Point, Study, by_series
-from experiments.studies.engine.files import whole
+from experiments.studies.engine.differences import compare, papers_differences
 from experiments.studies.engine.results import complete, losses_by_seed
 
-LABEL = "validation loss (nats per token)"
-LOWEST = "loss above the curve's lowest point"
+LOSS = "validation loss (nats per token)"
+ABOVE = "loss above the lowest point (nats per token)"
+FEW = 3
+"""Comparisons, at most, whose numbers are written beside them."""
+WIDEST = 3
+"""An interval is drawn whole up to so many times the range of all single differences; a wider one ends in an arrow."""
 
 
 def draw(study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Saves the picture as a PNG, atomically."""
+    """Writes the picture as a PNG."""
+    save(figure(study, points, rows), path)
+
+
+def figure(study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> Figure:
     is_list = study.shape == "differences"
-    height = max(5.0, 0.3 * len(points) + 1.5) if is_list else 5.0
-    figure = Figure(figsize=(13 if study.paper else 7, height), dpi=150, layout="constrained")
-    panels = figure.subplots(1, 2 if study.paper else 1, squeeze=False)[0]
-    figure.suptitle(study.question, fontsize=11, wrap=True)
+    compared = len(compare(study, points, rows).comparisons) if is_list else 0
+    papers = len(papers_differences(study)) if is_list else 0
+    height = 1.7 + 0.3 * max(compared, papers, 2) if is_list else 5.0
+    made = Figure(figsize=(13 if study.paper else 8, height), dpi=150, layout="constrained")
+    panels = made.subplots(1, 2 if study.paper else 1, squeeze=False)[0]
+    made.suptitle(study.question, fontsize=HEADING - 1, wrap=True)
     if is_list:
         _list_ours(panels[0], study, points, rows)
     else:
         _draw_ours(panels[0], study, points, rows)
     if study.paper:
         paper = json.loads((Path(__file__).parents[1] / "paper" / study.paper).read_text())
-        panels[1].set_title(paper["source"].split(";")[0], fontsize=9)
+        panels[1].set_title(paper["source"].split(";")[0], fontsize=TEXT)
         if is_list:
-            _list_papers(panels[1], paper["baseline"], differences.papers_differences(study))
+            _list_papers(panels[1], paper["baseline"], papers_differences(study))
         else:
             _draw_papers(panels[1], study, paper)
-    for axes in panels:
-        axes.grid(axis="x" if is_list else "y", alpha=0.25)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        if is_list:
-            continue
+    plain_axes(panels, grid="x" if is_list else "y")
+    for axes in panels if not is_list else ():
         axes.set_xlabel(study.x_label)
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=SMALL)
         if study.shape == "log_line":
             axes.set_xscale("log")
-    with whole(path) as own:
-        figure.savefig(own, format="png")
+    return made
+
+
+# --- curves ---
 
 
 def _draw_ours(axes: Axes, study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> None:
+    """Losses over x. Of valleys the loss above each one's lowest point, as in the paper's panel: budgets lie far apart
+    and would flatten each other."""
+    assert study.shape != "differences"
     groups, losses = by_series(points), losses_by_seed(rows)
-    lifts = study.shape == "valley" and len(groups) > 1  # budgets lie far apart, and would flatten each other
+    is_valley = study.shape == "valley"
     for (series, group), (color, marker) in zip(groups.items(), STYLES[1:], strict=False):
         finished = {point.x: list(losses[point.name].values()) for point in group if point.name in losses}
         if not finished:
@@ -68,18 +83,19 @@ def _draw_ours(axes: Axes, study: Study, points: Sequence[Point], rows: Sequence
             finished = dict(zip(x_P.tolist(), centred_PS.tolist(), strict=True))
         means = np.array([statistics.mean(values) for values in finished.values()])
         deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in finished.values()]
-        ground = means.min() if lifts else 0.0
+        ground = means.min() if is_valley else 0.0
         head = f"{series}: " if series else ""
-        label = f"{head}mean ± std over {spread}" + (f", lowest {ground:.4f}" if lifts else "")
+        name = f"mean ± std over {spread}" if any(deviations) else "one seed"
+        label = f"{head}{name}" + (f", lowest {ground:.4f}" if is_valley else "")
         axes.errorbar(list(finished), means - ground, deviations, fmt=marker, color=color, capsize=3, label=label)
         for x, values in finished.items():
             axes.plot([x] * len(values), np.array(values) - ground, ".", color=color, alpha=0.3, markersize=4)
-        curve = None if study.shape == "differences" else fits.fit(study.shape, x_P, loss_PS)
+        curve = fits.fit(study.shape, x_P, loss_PS)
         if curve is not None:
             x = (np.geomspace if study.shape == "log_line" else np.linspace)(x_P.min(), x_P.max(), 200)
             axes.plot(x, curve.at(x) - ground, "--", color=color, label=f"{head}fit, seeds paired")
-    axes.set_title("this study", fontsize=10)
-    axes.set_ylabel(LOWEST if lifts else LABEL)
+    axes.set_title("this study", fontsize=TITLE)
+    axes.set_ylabel(ABOVE if is_valley else LOSS)
 
 
 def _draw_papers(axes: Axes, study: Study, paper: Mapping[str, Any]) -> None:
@@ -88,50 +104,81 @@ def _draw_papers(axes: Axes, study: Study, paper: Mapping[str, Any]) -> None:
         if study.shape == "valley":
             name, loss = f"{name}: lowest {loss.min():.4f} at {x[loss.argmin()]:g}", loss - loss.min()
         axes.plot(x, loss, marker, color=color, linestyle=":", label=name)
-    axes.set_ylabel(LOWEST if study.shape == "valley" else LABEL)
+    axes.set_ylabel(ABOVE if study.shape == "valley" else LOSS)
+
+
+# --- lists of differences ---
 
 
 def _list_ours(axes: Axes, study: Study, points: Sequence[Point], rows: Sequence[dict[str, Any]]) -> None:
     """A line for every point, in the study's order: each seed's difference, their mean, and its interval."""
-    compared, color = differences.compare(study, points, rows), STYLES[1][0]
-    for y, each in enumerate(compared):
-        if len(each.by_S) > 1:
-            axes.plot(fits.interval(each.by_S), [y, y], "-", color=color, linewidth=1.5)
-        axes.plot(each.by_S, [y] * len(each.by_S), "|", color=STYLES[0][0], alpha=0.6)
-        axes.plot([each.mean], [y], STYLES[1][1], color=color)
-    _finish_list(axes, {each.name: each.by_S for each in compared}, study.baseline_of(points).name)
-    axes.set_title(f"this study: mean, {fits.LEVEL} % interval, seeds", fontsize=10)
+    compared = compare(study, points, rows).comparisons
+    _draw_list(axes, {each.name: each.by for each in compared}, study.baseline_of(points).name, STYLES[1])
+    several = any(len(each.by.values) > 1 for each in compared)
+    marks = f"mean, {LEVEL} % interval, seeds" if several else "one seed"
+    axes.set_title(f"this study: {marks}", fontsize=TITLE)
 
 
 def _list_papers(axes: Axes, baseline: str, by: Mapping[str, float]) -> None:
-    axes.plot(list(by.values()), range(len(by)), STYLES[2][1], color=STYLES[2][0])
-    _finish_list(axes, {name: np.array([mean]) for name, mean in by.items()}, baseline)
+    _draw_list(axes, {name: OverSeeds((mean,)) for name, mean in by.items()}, baseline, STYLES[2])
 
 
-def _finish_list(axes: Axes, by: Mapping[str, np.ndarray], baseline: str) -> None:
-    """Axes that show all differences, but neither whole intervals, which of two seeds are six times as wide as of
-    five, nor one point so far away that it would flatten the others: that one is written at the edge."""
+def _draw_list(axes: Axes, by: Mapping[str, OverSeeds], baseline: str, style: tuple[str, str]) -> None:
+    color, marker = style
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(by)), list(by))
     axes.set_ylim(max(len(by), 1) - 0.5, -0.5)
-    axes.set_xlabel(f"loss less that of {baseline} (nats per token; left is better)")
+    axes.set_xlabel(f"loss minus that of {baseline} (nats per token; left is better)")
     if not by:
         return
     far = _outlier(by)
-    seen = np.concatenate([values for name, values in by.items() if name != far] + [np.zeros(1)])
-    margin = 0.3 * float(np.ptp(seen)) or 0.01
-    axes.set_xlim(seen.min() - margin, seen.max() + margin)
-    if far:
-        mean = float(by[far].mean())
-        edge, side = (seen.max() + margin, "right") if mean > 0 else (seen.min() - margin, "left")
-        text = f"{mean:+.4f} \u2192 " if mean > 0 else f" \u2190 {mean:+.4f}"
-        axes.text(edge, list(by).index(far), text, ha=side, va="center", fontsize=9)
+    low, high = _limits([each for name, each in by.items() if name != far])
+    axes.set_xlim(low, high)
+    for y, (name, each) in enumerate(by.items()):
+        if name == far:  # it would flatten the others: its number is written at the edge
+            right = each.mean > 0
+            text = f"{each.mean:+.4f} \u2192" if right else f"\u2190 {each.mean:+.4f}"
+            axes.annotate(
+                text,
+                (high if right else low, y),
+                xytext=(-4 if right else 4, 0),
+                textcoords="offset points",
+                ha="right" if right else "left",
+                va="center",
+                fontsize=TEXT,
+            )
+            continue
+        if interval := each.interval():
+            ends = max(interval[0], low), min(interval[1], high)
+            axes.plot(ends, [y, y], "-", color=color, linewidth=1.5)
+            for end, whole, arrow in zip(ends, interval, "<>", strict=True):
+                if end != whole:
+                    axes.plot([end], [y], arrow, color=color, clip_on=False)
+            axes.plot(each.values, [y] * len(each.values), "|", color=STYLES[0][0], alpha=0.6)
+        axes.plot([each.mean], [y], marker, color=color)
+        if len(by) <= FEW:
+            numbers = f"{each.mean:+.4f}" + (f" ({interval[0]:+.4f} to {interval[1]:+.4f})" if interval else "")
+            axes.annotate(
+                numbers, (each.mean, y), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=TEXT
+            )
 
 
-def _outlier(by: Mapping[str, np.ndarray]) -> str:
+def _limits(shown: Sequence[OverSeeds]) -> tuple[float, float]:
+    """Ends of an axis that shows 0, all single differences, and their intervals up to WIDEST times their range."""
+    values = [0.0, *(value for each in shown for value in each.values)]
+    low, high = min(values), max(values)
+    reach = WIDEST * (high - low)
+    intervals = [interval for each in shown if (interval := each.interval())]
+    low = min([low, *(max(ends[0], low - reach) for ends in intervals)])
+    high = max([high, *(min(ends[1], high + reach) for ends in intervals)])
+    margin = 0.12 * (high - low) or 0.01
+    return low - margin, high + margin
+
+
+def _outlier(by: Mapping[str, OverSeeds]) -> str:
     """The point three times as far from the baseline as any other; empty if there is none."""
-    ordered = sorted(by, key=lambda name: abs(float(by[name].mean())))
+    ordered = sorted(by, key=lambda name: abs(by[name].mean))
     if len(ordered) < 3:
         return ""
-    furthest, next_one = (abs(float(by[name].mean())) for name in (ordered[-1], ordered[-2]))
+    furthest, next_one = (abs(by[name].mean) for name in (ordered[-1], ordered[-2]))
     return ordered[-1] if furthest > 3 * next_one else ""

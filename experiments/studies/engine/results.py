@@ -21,7 +21,12 @@ LOSS, BITS = NUMBERS
 def results(
     points: Sequence[Point], seeds: int, study_dir: Path, known: FinishedRuns | None = None
 ) -> list[dict[str, Any]]:
-    """One line per finished run: its losses as result.json has them, and what it cost; or its known line."""
+    """One row per finished run: its losses as result.json has them, and what it cost; or the row that is known of it.
+
+    Raises:
+      ConfigError: a finished run has other settings than the study, or its result.json cannot be read.
+      RunError: nothing is finished, or runs saw different corpora.
+    """
     rows = []
     for point in points:
         for seed in range(seeds):
@@ -44,16 +49,16 @@ def results(
     if len(corpora) > 1:
         raise RunError(
             f"Runs of {study_dir} saw different corpora ({', '.join(corpora.values())} for instance): the text changed "
-            "under the study. Restore it and delete the runs that saw the other, or start anew in another --out."
+            "during the study. Restore it and delete the runs that saw the other text, or start again in another --out."
         )
     return rows
 
 
 def result_of(folder: Path) -> dict[str, Any]:
-    """What a finished run found.
+    """A finished run's result.json.
 
     Raises:
-      ConfigError: that cannot be read.
+      ConfigError: it cannot be read, or has no losses.
     """
     try:
         result = json.loads((folder / "result.json").read_text())
@@ -67,7 +72,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 
 def losses_by_seed(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """For every point with a finished run, its losses by seed."""
+    """By point, then by seed: the losses of finished runs."""
     losses: dict[str, dict[int, float]] = {}
     for row in rows:
         losses.setdefault(row["point"], {})[row["seed"]] = row[LOSS]

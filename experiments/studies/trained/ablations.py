@@ -1,4 +1,4 @@
-"""What each part of the memory is worth (the paper's section 6.2, and what it left out): one change at a time."""
+"""The study `ablations`: the memory without one of its parts, or with one part changed (paper, section 6.2)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from experiments.studies.engine.declared import ACTIVE, FLOPS, TOTAL, Point, Stu
 from experiments.studies.trained import pair
 
 REFERENCE = "reference"
+"""The point that the others are compared with: the twin with memory."""
 LESS = (TOTAL, ACTIVE, FLOPS)
-"""What a point without some part of the reader has less of: nothing makes up for it, as in the paper."""
+"""Quantities of which a point without a part of the reader has less. Nothing makes up for it, as in the paper."""
 HEADS = (1, 2, 4, 8, 16)
-"""Of the hash, for each order."""
+"""Hash heads for each order."""
 MULTIPLIERS = (1.0, 2.0, 10.0)
-"""Of the tables' learning rate; the reference has the paper's 5."""
+"""Multipliers of the tables' learning rate; the reference has the paper's 5."""
 
 
 def tiny() -> RunConfig:
@@ -24,23 +25,23 @@ def tiny() -> RunConfig:
 
 
 def points(base: RunConfig) -> tuple[Point, ...]:
-    """The reference, what the paper did to it, then the rest: a study that is ended early has the former.
+    """The reference; then the paper's changes of it, so that a study that is ended early has these; then others.
 
-    x numbers the points. Those with other orders or heads keep the width of what a token reads, and the tables' size.
+    x numbers the points. Points with other orders or heads read as many numbers per token, from tables as large.
 
     Raises:
-      ConfigError: what `pair.points` raises; or the run's memory is no such reference.
+      ConfigError: what `pair.points` raises, or the run's memory is not the paper's.
     """
     moe, twin = (point.config for point in pair.points(base))
     engram, optimizer = twin.model.engram, twin.optimizer
     require(
         engram.engram_variant == "paper" and engram.engram_max_ngram_size == 3 and not engram.engram_without,
-        "the ablations start from the paper's memory, of 2-grams and 3-grams: leave model.engram.engram_variant, "
-        "engram_max_ngram_size and engram_without as they are.",
+        "the ablations start from the paper's memory of 2-grams and 3-grams: leave model.engram.engram_variant, "
+        "engram_max_ngram_size and engram_without at their defaults.",
     )
     require(
         (optimizer.table_optimizer, optimizer.table_lr_multiplier) == ("catch_up_adam", 5.0),
-        "the ablations start from optimizer.table_optimizer=catch_up_adam with table_lr_multiplier=5: leave them.",
+        "the ablations start from optimizer.table_optimizer=catch_up_adam with table_lr_multiplier=5: leave both so.",
     )
     made: dict[str, RunConfig] = {REFERENCE: twin, pair.MOE: moe}
     less = {
@@ -71,10 +72,10 @@ def _memory(run: RunConfig, **changes: Any) -> RunConfig:
 
 
 def reshaped(run: RunConfig, orders_up_to: int, heads: int) -> RunConfig:
-    """The run with other orders or heads: a token reads as many numbers, to a whole row width, of as many in all.
+    """The run with other orders or heads. A token reads as many numbers (to a whole row width), from as many in all.
 
     Raises:
-      ConfigError: so many heads leave less than one number to a row.
+      ConfigError: with so many heads, a row would have less than one number.
     """
     engram = run.model.engram
     rows_per_token = (orders_up_to - 1) * heads
@@ -82,7 +83,7 @@ def reshaped(run: RunConfig, orders_up_to: int, heads: int) -> RunConfig:
     require(
         width > 0,
         f"model.engram.engram_n_heads={engram.engram_n_heads} of engram_head_dim={engram.engram_head_dim}: the study "
-        f"reads {rows_per_token} rows a token from the same width, which needs {rows_per_token // 2 + 1} or more.",
+        f"reads {rows_per_token} rows per token from the same width, which needs {rows_per_token // 2 + 1} or more.",
     )
 
     def with_rows(per_head: int) -> RunConfig:
@@ -94,7 +95,7 @@ def reshaped(run: RunConfig, orders_up_to: int, heads: int) -> RunConfig:
             engram_vocab_size=max(2, per_head),
         )
 
-    # Heads have distinct primes of rows, all above the number asked for: the more heads, the more rows on top.
+    # Each head has its own prime number of rows, above the number asked for: more heads have more rows in all.
     num_heads = len(engram.engram_layer_ids) * rows_per_token
     wanted = sum(num_rows(run.model).values()) * engram.engram_head_dim // width
     surplus = sum(num_rows(with_rows(wanted // num_heads).model).values()) - wanted
@@ -111,12 +112,12 @@ ABLATIONS = Study(
     baseline=REFERENCE,
     paper="ablations_paper.json",
     caveats=(
-        "A point without a part has fewer active weights than the reference, as listed under the budget, and nothing "
-        "makes up for them: some of what it loses is theirs. In the paper's models they are too few to show.",
-        "Learning rates were not tuned again for any point. sinkhorn moves rows by another measure than Adam does, so "
-        "its difference is that of the rule and of how well the reference's rate suits it.",
-        "orders2, orders234 and the heads read as many numbers a token as the reference, to the nearest whole width of "
-        "a row, from tables of its size.",
+        "A point without a part has fewer active weights than the reference (see the budget), and nothing makes up for "
+        "them: part of its loss is theirs. In the paper's models they are too few to show.",
+        "Learning rates were not tuned again for any point. sinkhorn measures steps differently from Adam, so its "
+        "difference also holds how well the reference's rate suits it.",
+        "orders2, orders234 and the heads read as many numbers per token as the reference, to the nearest whole width "
+        "of a row, from tables of its size.",
         "The paper's numbers are one run each.",
     ),
 )

@@ -1,4 +1,4 @@
-"""The allocation law (the paper's section 3.1): idle weights as experts or as memory, and how many of each?"""
+"""The study `allocation`: how to divide the idle parameters between experts and memory (paper, section 3.1)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from experiments.runs.twins import engram_twin
 from experiments.studies.engine.declared import Point, Study
 
 SHARES = (0.20, 0.30, 0.40, 0.50, 0.60, 0.70, 0.75, 0.80, 0.90, 1.00)
-"""Of rho, the experts' share of the sparse parameters (eq. 7). The paper's begin at 0.40, where a tiny model trained on
-few tokens still gains from giving up experts."""
+"""Values of rho, the experts' share of the sparse parameters (eq. 7). The paper's begin at 0.40, where a tiny model
+trained on few tokens still gains from giving up experts."""
 NEAR = 0.03
-"""Whole experts do not hit every share; one that is missed by more is left out."""
+"""Whole experts do not reach every share. A share is left out if the nearest one is further away than this."""
 SMALL, LARGE = "C", "3C"
-"""The two budgets. The paper's larger one has 1.75 times the active parameters, and three times the compute."""
+"""Names of the two budgets. The paper's larger one has 1.75 times the active parameters and three times the compute."""
 
 
 def tiny() -> RunConfig:
@@ -34,19 +34,19 @@ def with_heads(run: RunConfig, heads: int, width: int) -> RunConfig:
 
 
 def memory_of(base: RunConfig) -> EngramConfig:
-    """Its layers as in the paper's 27B model: the second block and the one in the middle."""
+    """The run's memory, in the layers of the paper's 27B model: the second block and the one in the middle."""
     return replace(base.model.engram, engram_layer_ids=(1, base.model.num_hidden_layers // 2))
 
 
 def larger(base: RunConfig) -> RunConfig:
-    """Half as wide again and half as long again, for three times the compute: 2.9 times at the tiny scale.
+    """The run, 1.5 times as wide and 1.5 times as long, for three times the compute (2.9 times at the tiny scale).
 
-    The experts stay as many, so that both budgets have the same shares to offer.
+    The number of experts stays, so that both budgets have the same shares to offer.
     """
     model, attention = base.model, base.model.attention
 
     def half_more(number: int) -> int:
-        require(number % 2 == 0, f"{number} heads or widths cannot become half as many again: give the run even ones.")
+        require(number % 2 == 0, f"{number} heads or widths must be even: the second budget has 1.5 times as many.")
         return number * 3 // 2
 
     widths = {f"model__{name}": half_more(getattr(model, name)) for name in ("hidden_size", "intermediate_size")}
@@ -70,30 +70,30 @@ def points(base: RunConfig) -> tuple[Point, ...]:
 
 
 def at_budget(base: RunConfig, series: str, prefix: str = "") -> tuple[Point, ...]:
-    """From most memory to none, x being rho in percent.
+    """From the most memory to none. x is rho in percent.
 
     Raises:
-      ConfigError: the run has no experts to give up, or so few that hardly any share can be had.
+      ConfigError: the run has too few experts for four shares, or too few blocks.
     """
     moe = base.model.moe
-    require(moe.enabled, "model.moe.n_routed_experts=0: the allocation study needs experts to give up.")
+    require(moe.enabled, "model.moe.n_routed_experts=0 must be positive: the study gives experts up.")
     require(
         base.model.num_hidden_layers > 3,
-        f"model.num_hidden_layers={base.model.num_hidden_layers}: the memory's two layers need at least 4 blocks.",
+        f"model.num_hidden_layers={base.model.num_hidden_layers} must be at least 4, for the memory's two layers.",
     )
     found = {1.0: replace(base, model__engram=EngramConfig())}
     for experts in range(moe.num_experts_per_tok + 1, moe.n_routed_experts):
         try:
             twin = engram_twin(base, memory_of(base), experts)
         except ConfigError:
-            continue  # they do not pay for the reader
+            continue  # so few experts do not pay for the reader
         found[sparse_parameters(twin.model)[1]] = twin
     nearest = [(min(found, key=lambda rho, share=share: abs(rho - share)), share) for share in SHARES]
     chosen = sorted({rho for rho, share in nearest if abs(rho - share) <= NEAR})
     require(
         len(chosen) > 3,
         f"model.moe.n_routed_experts={moe.n_routed_experts} with {moe.num_experts_per_tok} active allows only "
-        f"{len(chosen)} allocations, too few to find a lowest one among them: give the run more experts.",
+        f"{len(chosen)} allocations, and the study needs 4: raise model.moe.n_routed_experts.",
     )
     return tuple(Point(f"{prefix}rho{100 * rho:03.0f}", round(100 * rho, 2), found[rho], series) for rho in chosen)
 
@@ -109,8 +109,8 @@ ALLOCATION = Study(
     baseline="rho100",
     paper="allocation_paper.json",
     caveats=(
-        "Every point with memory has narrower experts than rho100, which pay for the reader's projections. In the "
-        "paper's models these are too small to show. The step from rho100 to the next point holds this too.",
+        "Every point with memory has narrower experts than rho100, which pay for the reader's projections. The step "
+        "from rho100 to the next point holds this too. In the paper's models the projections are too small to show.",
         "Learning rates are the same at both budgets, tuned at neither.",
     ),
 )

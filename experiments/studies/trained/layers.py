@@ -1,4 +1,4 @@
-"""Where the memory should be read (the paper's section 6.2): one module at every depth, and two that share its size."""
+"""The study `layers`: the block that reads the memory (paper, section 6.2); one module, or two of half its size."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from experiments.studies.engine.declared import Point, Study
 from experiments.studies.trained import pair
 
 TWO = "two"
+"""The point with two modules."""
 
 
 def tiny() -> RunConfig:
@@ -15,16 +16,16 @@ def tiny() -> RunConfig:
 
 
 def points(base: RunConfig) -> tuple[Point, ...]:
-    """Two modules, then one in every block from the first, x being its number; and the baseline without memory.
+    """Two modules; then one module in each block, with the block's number as x; then the baseline without memory.
 
-    One module has both modules' rows in rows twice as wide, as many of them to a head: all weights of tables and
-    projections are those of the two.
+    One module has rows twice as wide and as many of them per head. So its tables and projections have as many weights
+    as those of the two modules.
 
     Raises:
-      ConfigError: what `pair.points` raises; or there are more blocks than a study has use for.
+      ConfigError: what `pair.points` raises, or more than 16 blocks.
     """
     blocks = base.model.num_hidden_layers
-    require(blocks <= 16, f"model.num_hidden_layers={blocks}: a module in each makes too many runs; give it up to 16.")
+    require(blocks <= 16, f"model.num_hidden_layers={blocks} must be at most 16: each block gets a run.")
     moe, twin = pair.points(base)
     two = twin.config.model.engram
     made = [Point(TWO, -1, twin.config)]

@@ -1,4 +1,4 @@
-"""Memory on top of a fixed backbone (the paper's section 3.2): does loss fall with the number of slots, and how?"""
+"""The study `memory_scaling`: memory of growing size on top of a fixed backbone (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from experiments.runs.sizes import engram_small, engram_tiny
 from experiments.studies.engine.declared import TOTAL, Point, Study
 
 FACTORS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
-"""Of the rows per head of the run it starts from: 1.8 decades."""
+"""Factors on the rows per head of the run that the study starts from: 1.8 decades."""
 OVER_FACTORS = (1 / 8, 1 / 2, 2, 8)
+"""The same for OverEncoding."""
 ENGRAM, OVER_ENCODING = "Engram", "OverEncoding"
 
 
@@ -18,17 +19,18 @@ def tiny() -> RunConfig:
 
 
 def points(base: RunConfig) -> tuple[Point, ...]:
-    """From the smallest memory to the largest, x being rows over all layers; then OverEncoding's.
+    """From the smallest memory to the largest; then OverEncoding's. x is the number of rows over all layers.
 
     Raises:
-      ConfigError: the run has no memory, or one with too few rows to divide.
+      ConfigError: the run has no memory, or too few rows to divide.
     """
     engram = base.model.engram
     require(engram.enabled, "model.engram.engram_layer_ids is empty: the study needs a run with memory.")
     rows = engram.vocab_size_per_order
     require(
         min(rows) >= 16,
-        f"model.engram.engram_vocab_size={engram.engram_vocab_size}: an eighth of it is no table; give it 16 or more.",
+        f"model.engram.engram_vocab_size={engram.engram_vocab_size} must be at least 16: the study also trains 1/8 of "
+        "it.",
     )
     over = over_encoding(base)
     made = [_point(base, factor, ENGRAM) for factor in FACTORS]
@@ -44,11 +46,11 @@ def _point(base: RunConfig, factor: float, series: str, prefix: str = "") -> Poi
 
 
 def over_encoding(base: RunConfig) -> RunConfig:
-    """As many rows of the same width in one table, which the input reads instead of several blocks.
+    """The run with OverEncoding: the same rows in one table, which the input reads instead of several blocks.
 
-    As many slices to an order as Engram has heads: four at the tiny scale, which is what OverEncoding was published
-    with. What was published as a plain average is amplified, rows start at zero and learn at the rate of everything
-    else: without these it is worse than the twin without memory at the tiny scale (experiments/LOG.md, 2026-11-28).
+    An order has as many slices as Engram has heads: four at the tiny scale, as OverEncoding was published. Three things
+    differ from its publication: the average is amplified, rows start at zero, and they learn at the rate of the other
+    weights. Without these it is worse than the twin without memory at the tiny scale (experiments/LOG.md, 2026-11-28).
     """
     engram = base.model.engram
     return replace(
@@ -76,10 +78,10 @@ MEMORY_SCALING = Study(
     varies=(TOTAL,),
     paper="memory_scaling_paper.json",
     caveats=(
-        "OverEncoding has Engram's slots and row width, in one table instead of several, with neither gate nor "
-        "convolution and a smaller projection: its active parameters and FLOPs per token, in the table above, are "
-        "fewer, and nothing makes up for them. The paper does not say how it set its own.",
+        "OverEncoding has Engram's slots and row width in one table instead of several. It has no gate, no convolution "
+        "and a smaller projection, so its active parameters and FLOPs per token (table above) are fewer, and nothing "
+        "makes up for them. The paper does not say how it set its own.",
         "Learning rates were tuned for neither. OverEncoding is amplified as in LongCat, and its rows start at zero; "
-        "--model.engram.engram_initializer_range 0 starts Engram's there too.",
+        "with --model.engram.engram_initializer_range 0 Engram's rows start at zero too.",
     ),
 )

@@ -1,6 +1,6 @@
-"""The twins that the paper compares throughout: the MoE baseline, and memory for some of its experts (table 1).
+"""The study `pair`: the MoE baseline, and its twin with memory in place of some experts (paper, table 1).
 
-Other studies look into these runs (`Study.trained_in`), so that they are trained once.
+The analyses (experiments/studies/analyses) look into these runs, which are trained once for all of them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from experiments.studies.trained.allocation import memory_of, with_heads
 
 MOE, ENGRAM = "moe", "engram"
 GIVEN_UP = 1 / 6
-"""Share of the routed experts that become rows: rho near 0.8, as in the paper's allocation study."""
+"""Share of the routed experts that become rows: rho is then near 0.8, as in the paper's allocation study."""
 
 
 def tiny() -> RunConfig:
-    """moe_tiny, all of its 250 steps: about four minutes a run on two cores."""
+    """moe_tiny with all of its 250 steps: about four minutes a run on two cores."""
     return replace(with_heads(moe_tiny(), heads=4, width=16), train__eval_every=0)
 
 
@@ -29,16 +29,16 @@ def points(base: RunConfig) -> tuple[Point, ...]:
     """The baseline and its twin.
 
     Raises:
-      ConfigError: the run has no experts to give up, or so few blocks that the memory's two layers are one.
+      ConfigError: the run has no experts to give up, or too few blocks for the memory's two layers.
     """
     moe, blocks = base.model.moe, base.model.num_hidden_layers
-    require(moe.enabled, "model.moe.n_routed_experts=0: the twin with memory needs experts to give up.")
-    require(blocks > 3, f"model.num_hidden_layers={blocks}: the memory's two layers need at least 4 blocks.")
+    require(moe.enabled, "model.moe.n_routed_experts=0 must be positive: the twin with memory gives experts up.")
+    require(blocks > 3, f"model.num_hidden_layers={blocks} must be at least 4, for the memory's two layers.")
     experts = round(moe.n_routed_experts * (1 - GIVEN_UP))
     require(
         moe.num_experts_per_tok < experts < moe.n_routed_experts,
         f"model.moe.n_routed_experts={moe.n_routed_experts} with {moe.num_experts_per_tok} active leaves no expert to "
-        "give up: give the run more.",
+        "give up: raise model.moe.n_routed_experts.",
     )
     twin = engram_twin(base, memory_of(base), experts)
     return Point(MOE, 0, replace(base, model__engram=EngramConfig())), Point(ENGRAM, 1, twin)

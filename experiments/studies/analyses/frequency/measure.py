@@ -1,39 +1,41 @@
-"""The study `frequency`: what the memory is worth, how far its gates open and how old its rows are, by how often the
-n-gram before a token occurs; on text that was trained on and on text that was not.
+"""What memory is worth, how far its gates open and how old its rows are, by the frequency of the n-gram before a token;
+on text that the run was trained on and on text that it was not.
 
-On the training text an n-gram's own occurrence is not counted: "0" is an n-gram that was read there and nowhere else.
-So texts are compared at equal frequencies, and what the first is better by was memorised. A run of less than an epoch
-has also left parts of its training documents unread: against them, what is not owed to knowing the document shows.
+On the training text the token's own occurrence is not counted: "0" means that the n-gram was read there and nowhere
+else. So texts are compared at equal frequencies, and what is better on the training text was memorised. A run of less
+than an epoch leaves parts of its training documents unread. They show what the model knows about a document without
+having read that part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from engram_jax.analysis.groups import Grouping, OverSeeds, joined, means, minus
+from engram_jax.analysis.groups import Grouping, joined, means, minus
 from engram_jax.analysis.lookups import Lookup, look_up
 from engram_jax.analysis.segments import Segment, segments, spread_evenly, trained_windows
 from engram_jax.config import RunConfig
 from engram_jax.data.ngram_frequency import BUCKETS, MAX_TOKENS, NgramCounts, bucket_names
 from engram_jax.evaluation.documents import OwnText
+from engram_jax.evaluation.over_seeds import OverSeeds
 from engram_jax.runs.settings import read_config
 from experiments.studies.analyses import trained_runs
-from experiments.studies.analyses.frequency.picture import draw
-from experiments.studies.analyses.trained_runs import DIFFERENCE, beyond_what, table
+from experiments.studies.analyses.trained_runs import DIFFERENCE
 from experiments.studies.engine.declared import FinishedRun
 from experiments.studies.trained.pair import ENGRAM, MOE
 
 TRAINING, HELD_OUT = "training text", "held-out text"
 UNREAD = "unread parts of training documents"
 LEAST_WINDOWS = 8
-"""Unread, for a text of their own."""
+"""Fewest unread windows that are reported as a text of their own."""
 MOST_TOKENS = 60_000
-"""Of each text, windows evenly spread."""
+"""Tokens of each text that are scored; of a longer text, windows evenly spread."""
+SHARE = "share"
+"""The quantity that is a bucket's share of the tokens."""
 
 
 class Text(NamedTuple):
@@ -46,24 +48,26 @@ class Measured:
     seeds: tuple[int, ...]
     layers: tuple[str, ...]
     order: int
-    """Of the n-grams that are counted: the longest that the memory knows."""
-    numbers: dict[str, dict[str, dict[str, OverSeeds]]]
-    """By text, quantity (MOE, ENGRAM, DIFFERENCE, `gate 1`, `age 1`, `uses 1`, `share`) and bucket."""
+    """Of the n-grams that are counted: the longest that the memory reads."""
+    numbers: Mapping[str, Mapping[str, dict[str, OverSeeds]]]
+    """By text, quantity (MOE, ENGRAM, DIFFERENCE, `gate 1`, `age 1`, `uses 1`, SHARE) and bucket."""
 
     @property
     def others(self) -> list[str]:
-        """Texts that were not read."""
+        """Texts that the run did not read."""
         return [text for text in self.numbers if text != TRAINING]
 
     def gap(self, quantity: str, other: str) -> dict[str, OverSeeds]:
-        """By bucket, MOE's or ENGRAM's loss on another text above that on the training text; of DIFFERENCE, by how
-        much memory lowers the loss more on the training text. Nats."""
+        """By bucket, a loss on another text minus that on the training text, in nats.
+
+        Of DIFFERENCE: by how much more memory lowers the loss on the training text.
+        """
         ours, theirs = (self.numbers[text][quantity] for text in (other, TRAINING))
         return {label: minus(ours[label], theirs[label]) for label in ours if label in theirs}
 
-    def overall(self, by_bucket: dict[str, OverSeeds]) -> OverSeeds:
+    def overall(self, by_bucket: Mapping[str, OverSeeds]) -> OverSeeds:
         """The mean over buckets with the held-out text's shares, so that both texts have equal frequencies."""
-        held_out = self.numbers[HELD_OUT]["share"]
+        held_out = self.numbers[HELD_OUT][SHARE]
         by_bucket = {label: by for label, by in by_bucket.items() if label in held_out}
         if not by_bucket:
             return OverSeeds((float("nan"),) * len(self.seeds))
@@ -71,24 +75,16 @@ class Measured:
         shares = shares / shares.sum()
         values = shares @ np.array([by.values for by in by_bucket.values()])
         errors = [by.stderr for by in by_bucket.values()]
-        # Buckets share documents: as if they erred together.
+        # Buckets share documents, so their errors are added as if they erred together.
         stderr = None if None in errors else float(shares @ np.array(errors, float))
         return OverSeeds(tuple(map(float, values)), stderr)
-
-
-def analyse(runs: Sequence[FinishedRun], folder: Path) -> list[str]:
-    """results.jsonl and frequency.png in `folder`; the report's lines."""
-    measured = measure(runs)
-    trained_runs.write_rows(folder / "results.jsonl", rows(measured))
-    draw(measured, folder / "frequency.png")
-    return report(measured)
 
 
 def measure(runs: Sequence[FinishedRun]) -> Measured:
     """Scores both texts with every run, and looks the memory's rows up.
 
     Raises:
-      RunError: runs with different texts, or that cannot be read.
+      RunError: the runs read different texts, or one cannot be read.
     """
     trained_runs.check_same_text(runs)
     pairs = trained_runs.pairs(runs)
@@ -124,7 +120,7 @@ def measure(runs: Sequence[FinishedRun]) -> Measured:
 
 
 def all_texts(own: OwnText, config: RunConfig, step: int, order: int) -> dict[str, Text]:
-    """What a run has read and what not, each with the occurrences of its n-grams in all that was read."""
+    """The text that a run has read and the texts that it has not; n-grams are counted in all that was read."""
     train, validation = own.data.train, own.data.validation
     count, most = step * config.data.batch_size, MAX_TOKENS // train.seq_len
     read = trained_windows(train, config.data.seed, min(count, most))
@@ -140,7 +136,10 @@ def all_texts(own: OwnText, config: RunConfig, step: int, order: int) -> dict[st
 
 
 def in_buckets(pieces: Sequence[Segment], counts: NgramCounts, own: bool) -> Grouping:
-    """By occurrences of the n-gram just read, its own one left out; tokens that no whole n-gram precedes in none."""
+    """Tokens by occurrences of the n-gram just read, minus its own one if `own`.
+
+    Tokens that no whole n-gram precedes are in no bucket.
+    """
     found = []
     for piece in pieces:
         seen = counts.lookup(piece.ids[None, :-1])[0] - own
@@ -168,106 +167,4 @@ def summarised(values: dict[str, np.ndarray], text: Text) -> dict[str, dict[str,
     found = {name: means([value_N], text.buckets, document_N) for name, value_N in values.items()}
     counted_N = text.buckets.group_N >= 0
     shares = {label: OverSeeds((float(text.buckets.of(label)[counted_N].mean()),)) for label in found[ENGRAM]}
-    return found | {"share": shares}
-
-
-# --- the report ---
-
-
-def rows(measured: Measured) -> Iterator[dict[str, Any]]:
-    """A line for every text, bucket and quantity."""
-    for text, quantities in measured.numbers.items():
-        for quantity, by_bucket in quantities.items():
-            for label, by in by_bucket.items():
-                of = {"text": text, "occurrences": label, "quantity": quantity}
-                numbers = dict(zip(measured.seeds, by.values, strict=True))
-                yield of | {"mean": by.mean, "stderr_documents": by.stderr, "std_seeds": by.std, "by_seed": numbers}
-
-
-def report(measured: Measured) -> list[str]:
-    lines = ["## Verdict", "", *(f"- {sentence}" for sentence in verdict(measured))]
-    for text, quantities in measured.numbers.items():
-        lines += ["", f"## {text.capitalize()}", "", *_table(measured, quantities)]
-    said = trained_runs.seeds_said(measured.seeds)
-    lines += [
-        "",
-        f"Nats per token by how often the {measured.order}-gram just read occurs elsewhere in what the run has read; "
-        f"{said} Gates: mean over streams. Age: steps since the rows of that {measured.order}-gram were last updated, "
-        "uses: updates that touched them, by this n-gram or any other that shares a row; means over heads.",
-        "",
-        "## What was memorised",
-        "",
-        "How much lower the loss is on the training text than on another, at equal frequency.",
-    ]
-    for other in measured.others:
-        gaps = [measured.gap(quantity, other) for quantity in (MOE, ENGRAM, DIFFERENCE)]
-        body = [[label, *(gap[label].text() for gap in gaps)] for label in gaps[0]]
-        body.append(["all, held-out shares", *(measured.overall(gap).text() for gap in gaps)])
-        header = [f"{measured.order}-gram elsewhere", MOE, ENGRAM, "by the memory"]
-        lines += ["", f"Than on {_called(other)}:", "", *table(header, body)]
-    return lines
-
-
-def _table(measured: Measured, quantities: dict[str, dict[str, OverSeeds]]) -> list[str]:
-    forms = {"gate": ".3f", "age": ".1f", "uses": ".1f"}
-    memory = [(f"{kind} {layer}", form) for kind, form in forms.items() for layer in measured.layers]
-    memory = [(name, form) for name, form in memory if name in quantities]
-    header = [f"{measured.order}-gram elsewhere", "share", MOE, ENGRAM, DIFFERENCE, *(name for name, _ in memory)]
-    body = []
-    for label, by in quantities[DIFFERENCE].items():
-        cells = [label, f"{quantities['share'][label].mean:.1%}"]
-        cells += [f"{quantities[name][label].mean:.3f}" for name in (MOE, ENGRAM)] + [by.text()]
-        for name, form in memory:
-            cells.append(f"{quantities[name][label].mean:{form}}" if label in quantities[name] else "-")
-        body.append(cells)
-    return table(header, body)
-
-
-def verdict(measured: Measured) -> list[str]:
-    """What the numbers say, a sentence each."""
-    sentences = []
-    for text in reversed(measured.numbers):
-        by = measured.numbers[text][DIFFERENCE]
-        best = min(by, key=lambda label: by[label].mean)
-        gains = [label for label, one in by.items() if one.differs_from() and one.mean < 0]
-        losses = [label for label, one in by.items() if one.differs_from() and one.mean > 0]
-        beyond = beyond_what(measured.seeds)
-        said = f"On {_called(text)} memory gains {beyond} where the n-gram occurs {_listed(gains)} times"
-        said += " elsewhere" + (f", and costs where it occurs {_listed(losses)} times" if losses else "")
-        sentences.append(f"{said}; most at {best} ({by[best].text()} nats per token).")
-    for other in measured.others:
-        more = measured.overall(measured.gap(DIFFERENCE, other))
-        size = f"{more.text()} nats per token at equal frequencies"
-        if more.differs_from() and more.mean > 0:
-            said = f"Memory is worth more on text it was trained on than on {_called(other)}, by {size}: it memorises"
-            sentences.append(f"{said} more than its twin does.")
-        elif more.differs_from():
-            said = f"Memory is worth less on text it was trained on than on {_called(other)}, by {size}: its twin"
-            sentences.append(f"{said} memorises more.")
-        else:
-            sentences.append(f"No memorisation beyond the twin's is found against {_called(other)}: {size}.")
-    for layer in measured.layers:
-        gates = measured.numbers[HELD_OUT][f"gate {layer}"]
-        if len(gates) < 2:
-            continue
-        (rare, low), *_, (frequent, high) = gates.items()
-        sentences.append(
-            f"Layer {layer}'s gates are {low.mean:.3f} after n-grams seen {rare} times and {high.mean:.3f} after those "
-            f"seen {frequent} times ({minus(high, low).text()})."
-        )
-    ages = measured.numbers[HELD_OUT].get(f"age {measured.layers[0]}")
-    if ages and len(ages) > 1:
-        (rare, old), *_, (frequent, young) = ages.items()
-        sentences.append(
-            f"Rows of n-grams seen {rare} times were updated {old.mean:.1f} steps ago on average, those of n-grams "
-            f"seen {frequent} times {young.mean:.1f} (layer {measured.layers[0]})."
-        )
-    return sentences
-
-
-def _called(text: str) -> str:
-    return text if text == UNREAD else f"the {text}"
-
-
-def _listed(labels: Sequence[str]) -> str:
-    return ", ".join(labels) or "no number of"
+    return found | {SHARE: shares}

@@ -1,71 +1,60 @@
-"""The study `gates`: where the memory's gates open, and what each of them goes with.
+"""The gates of every token, what they are correlated with, and sentences that show them.
 
-Legend: N tokens asked for, T tokens of a sentence, M residual streams.
+Legend: N predicted tokens, T tokens of a sentence, M residual streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from engram_jax.analysis.gates import draw_gates
-from engram_jax.analysis.gates_page import Sentence, page
-from engram_jax.analysis.groups import Grouping, OverSeeds, joined, means, rank_correlation
+from engram_jax.analysis.gates_page import Sentence
+from engram_jax.analysis.groups import Grouping, joined, means, rank_correlation
 from engram_jax.analysis.lookups import look_up, with_memory
 from engram_jax.analysis.segments import Segment, segments, spread_evenly
 from engram_jax.data.ngram_frequency import NgramCounts
 from engram_jax.evaluation.documents import OwnText
 from engram_jax.evaluation.evaluated_run import EvaluatedRun
+from engram_jax.evaluation.over_seeds import OverSeeds
 from experiments.studies.analyses import trained_runs
-from experiments.studies.analyses.trained_runs import beyond_what, table
 from experiments.studies.engine.declared import FinishedRun
-from experiments.studies.engine.files import write_text
 
 MOST_TOKENS = 30_000
-"""Of held-out text: its rank correlations have a standard error of about 0.006 by tokens."""
+"""Held-out tokens that are scored: a rank correlation then has a standard error of about 0.006 by tokens."""
 SENTENCES = (
     "By the way, the Milky Way is older than the Solar System.",
     "Diana, Princess of Wales, never met Alexander the Great.",
     "for i in range(len(self.items)):\n    print(i)\n",
     'if __name__ == "__main__":\n    unittest.main()\n',
 )
-LINES, SHORTEST, LONGEST = 6, 5, 30
-"""Held-out lines that are shown, and their tokens."""
-IN_PICTURE = 4
+LINES = 6
+"""Held-out lines that are shown."""
+SHORTEST, LONGEST = 5, 30
+"""Tokens of a held-out line that is shown."""
 MEAN, SPREAD = "mean gate", "std over tokens"
 FREQUENCY, LAYER, MEMORY = "n-gram's frequency", "saved by this layer", "saved against the twin"
+"""Quantities that the gates are correlated with."""
 
 
 @dataclass(frozen=True)
 class Measured:
     seeds: tuple[int, ...]
-    correlations: dict[tuple[str, int], dict[str, OverSeeds]]
-    """By Engram layer and stream: mean gate, its standard deviation over tokens, and rank correlations with others."""
+    correlations: Mapping[tuple[str, int], Mapping[str, OverSeeds]]
+    """By Engram layer and stream: mean gate, its standard deviation over tokens, and rank correlations by quantity."""
     sentences: tuple[Sentence, ...]
-    """Of the first seed's run."""
+    """The first seed's gates over SENTENCES, then over held-out lines."""
     run: str
+    """Name of the first seed's run."""
     num_tokens: int
-
-
-def analyse(runs: Sequence[FinishedRun], folder: Path) -> list[str]:
-    """results.jsonl, gates.html and gates.png in `folder`; the report's lines."""
-    measured = measure(runs)
-    trained_runs.write_rows(folder / "results.jsonl", rows(measured))
-    write_text(folder / "gates.html", html(measured))
-    trained_runs.save_figure(picture(measured.sentences), folder / "gates.png")
-    return report(measured)
 
 
 def measure(runs: Sequence[FinishedRun]) -> Measured:
     """Gates and losses on held-out text with every run.
 
     Raises:
-      RunError: runs with different texts, or that cannot be read.
+      RunError: the runs read different texts, or one cannot be read.
     """
     trained_runs.check_same_text(runs)
     pairs = trained_runs.pairs(runs)
@@ -109,11 +98,11 @@ def losses(model: EvaluatedRun, text: Sequence[Segment]) -> np.ndarray:
 def correlations(
     gates: Mapping[str, np.ndarray], others: Mapping[str, Mapping[str, np.ndarray]], document_N: np.ndarray
 ) -> dict[tuple[str, int], dict[str, OverSeeds]]:
-    """By layer and stream of one run.
+    """One run's correlations, by layer and stream.
 
     Args:
       gates: by layer, [N, M].
-      others: by layer, what its gates are correlated with: by name, [N].
+      others: by layer, the quantities that its gates are correlated with: by name, [N].
     """
     whole = Grouping("", (MEAN,), np.zeros(len(document_N), np.int64))
     return {
@@ -125,11 +114,8 @@ def correlations(
     }
 
 
-# --- sentences ---
-
-
 def own_sentences(model: EvaluatedRun) -> list[Sentence]:
-    """SENTENCES as documents, each with what the whole memory saves."""
+    """SENTENCES as documents, each with the nats that the whole memory saves."""
     tokenizer, layers = model.tokenizer, model.parts.config.model.engram.engram_layer_ids
     documents = [np.array([tokenizer.bos_id, *tokenizer.encode(s), tokenizer.eos_id], np.int32) for s in SENTENCES]
     lookups, on = look_up(model, documents), model.score(documents)
@@ -174,100 +160,3 @@ def telling_lines(
         )
         for saving, document, start, end, ids in chosen
     ]
-
-
-def html(measured: Measured) -> str:
-    introduction = (
-        f"Gates of {measured.run} (0: shut, 1: open), for each token as it is read, by Engram layer and residual "
-        "stream. The last row: by how many nats the memory lowers the loss of the token that follows.",
-        "First sentences that were not chosen by what the model does with them; then the held-out lines for which the "
-        "memory saves most, which were.",
-    )
-    return page("Where the memory's gates open", introduction, measured.sentences)
-
-
-def picture(sentences: Sequence[Sentence]) -> Figure:
-    """Heat maps of the first sentences and the first held-out lines, one below the other."""
-    half = IN_PICTURE // 2
-    shown = [*sentences[: len(SENTENCES)][:half], *sentences[len(SENTENCES) :][: IN_PICTURE - half]]
-    streams = sum(gate_TM.shape[1] for gate_TM in shown[0].gates.values())
-    longest = max(len(sentence.tokens) for sentence in shown)
-    size = (3 + 0.42 * longest, len(shown) * (1.4 + 0.3 * streams))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    panels = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
-    images = [draw_gates(axes, one.tokens, one.gates) for axes, one in zip(panels, shown, strict=True)]
-    for axes, sentence in zip(panels, shown, strict=True):
-        axes.set_title(sentence.caption.split("\n")[0], fontsize=9, loc="left", parse_math=False)
-        axes.tick_params(labelsize=8)
-    figure.colorbar(images[0], ax=panels.tolist(), label="gate", fraction=0.03, pad=0.01)
-    return figure
-
-
-# --- the report ---
-
-
-def rows(measured: Measured) -> Iterator[dict[str, Any]]:
-    """A line for every layer, stream and quantity."""
-    for (layer, stream), numbers in measured.correlations.items():
-        for name, by in numbers.items():
-            of = {"layer": int(layer), "stream": stream, "quantity": name}
-            yield of | {
-                "mean": by.mean,
-                "std_seeds": by.std,
-                "by_seed": dict(zip(measured.seeds, by.values, strict=True)),
-            }
-
-
-def report(measured: Measured) -> list[str]:
-    header = ["layer", "stream", MEAN, SPREAD, FREQUENCY, LAYER, MEMORY]
-    body = [
-        [layer, str(stream), *(numbers[name].text(".3f" if name in (MEAN, SPREAD) else "+.3f") for name in header[2:])]
-        for (layer, stream), numbers in measured.correlations.items()
-    ]
-    return [
-        "## Verdict",
-        "",
-        *(f"- {sentence}" for sentence in verdict(measured)),
-        "",
-        "## Gates and what they go with",
-        "",
-        *table(header, body),
-        "",
-        f"Spearman's rank correlation over {measured.num_tokens:,} held-out tokens of the gate at a token with: how "
-        "often the n-gram that ends there occurs in the training text; the nats that this layer saves on the token "
-        "that follows (that layer's memory off, less as trained); the nats by which the twin without memory is worse "
-        f"there. {trained_runs.seeds_said(measured.seeds)}",
-        "",
-        "gates.html shows every gate over sentences and held-out lines, gates.png some of them.",
-    ]
-
-
-def verdict(measured: Measured) -> list[str]:
-    """What the numbers say, a sentence each."""
-    sentences = []
-    for name, what in (
-        (FREQUENCY, "the frequency of the n-gram"),
-        (LAYER, "what their layer saves on the next token"),
-        (MEMORY, "what the model saves against its twin"),
-    ):
-        by_branch = {branch: numbers[name] for branch, numbers in measured.correlations.items()}
-        known = {branch: by for branch, by in by_branch.items() if not np.isnan(by.mean)}
-        if not known:
-            sentences.append(f"No gate varies, so none goes with {what}.")
-            continue
-        layer, stream = max(known, key=lambda branch: abs(known[branch].mean))
-        strongest = known[layer, stream]
-        sure = [by for by in known.values() if by.differs_from()]
-        up, down = sum(by.mean > 0 for by in sure), sum(by.mean < 0 for by in sure)
-        beyond = beyond_what(measured.seeds)
-        sentences.append(
-            f"{up} of {len(by_branch)} gates open wider with {what}, {down} shut, {beyond}; the strongest is layer "
-            f"{layer}, stream {stream}: rank correlation {strongest.text()}, {_strength(strongest.mean)}."
-        )
-    return sentences
-
-
-def _strength(correlation: float) -> str:
-    """Cohen's words (1988): small from 0.1, medium from 0.3, large from 0.5."""
-    size = abs(correlation)
-    return "negligible" if size < 0.1 else "small" if size < 0.3 else "medium" if size < 0.5 else "large"

@@ -18,10 +18,10 @@ from engram_jax.config import CheckpointConfig, ConfigError, EngramConfig, Optim
 from engram_jax.memory import chunks, table_files
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.description import MemoryState
-from engram_jax.memory.row_optimizers import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryStore
 from engram_jax.memory.table_files import ShardWriter
 from engram_jax.memory.table_index import TableFileError
+from engram_jax.registries import ROW_OPTIMIZERS
 from engram_jax.runs import run_folder, table_checkpoint
 from engram_jax.runs.checkpoint import UNFINISHED, Checkpoints
 from engram_jax.runs.parts import assemble
