@@ -139,7 +139,7 @@ class Parameters:
 
 
 def backbone_parameters(config: ModelConfig) -> Parameters:
-    """Counts of everything but the tables, whose exact size takes a prime search."""
+    """Counts without the tables. Their exact size takes a prime search (`parameters`)."""
     groups = Counter(dict.fromkeys(GROUPS, 0))
     for leaf in leaves(config):
         groups[leaf.group] += leaf.size
@@ -148,13 +148,14 @@ def backbone_parameters(config: ModelConfig) -> Parameters:
 
 
 def parameters(config: ModelConfig) -> Parameters:
+    """Counts of the whole model, tables included."""
     backbone = backbone_parameters(config)
     memory = sum(num_rows(config).values()) * config.engram.engram_head_dim
     return Parameters(backbone.groups | {"memory": memory}, backbone.active)
 
 
 def sparse_parameters(config: ModelConfig) -> tuple[int, float]:
-    """P_sparse (parameters a token does not use: idle experts and tables) and rho, the experts' share of it (3.3)."""
+    """P_sparse, the parameters of idle experts and tables, and rho, the experts' share of it (paper, section 3.3)."""
     routed = sum(round(leaf.size * (1 - leaf.used)) for leaf in leaves(config) if leaf.group == "routed_experts")
     sparse = routed + parameters(config).memory
     return sparse, routed / sparse if sparse else math.nan
@@ -191,10 +192,10 @@ def cache_bytes(config: ModelConfig, places: int, spare: int = 0) -> int:
 
 @dataclass(frozen=True)
 class TableBytes:
-    """Bytes of table rows and of what is kept beside them."""
+    """Bytes of table rows, of their optimizer state and of their counters."""
 
     rows: int
-    """What the readers read, in the dtype it is stored in."""
+    """The rows, in the dtype that they are stored in."""
     optimizer: int
     uses: int
     """The int32 count of each row's updates."""
@@ -218,9 +219,9 @@ def row_bytes(config: ModelConfig, optimizer: OptimizerConfig, memory: MemoryCon
 def table_bytes(
     config: ModelConfig, optimizer: OptimizerConfig, memory: MemoryConfig, devices: int = 1
 ) -> dict[int, TableBytes]:
-    """Bytes of each Engram layer's table that one of `devices` devices owns, padding included.
+    """Bytes of each Engram layer's table on one of `devices` devices, padding included.
 
-    One device owns the logical rows alone. What a placement adds (copies of hot rows, tiles) is not counted.
+    On one device a table has no padding. Additions of a placement (copies of hot rows, tiles) are not counted.
     """
     if not config.engram.enabled:
         return {}
@@ -234,9 +235,9 @@ def table_bytes(
 def exchange_bytes_per_token(config: ModelConfig) -> int:
     """Bytes that one token's lookups send through the mesh in a training step, at most.
 
-    Each lookup sends its id (int32) to the owner, the row comes back and its gradient goes there, both in float32. A
-    device asks for a row once however often its tokens repeat it, which leaves the share memory/distinct_share of this;
-    1/devices of it stays at home. Places that transport all_to_all sends empty are not counted.
+    Each lookup sends its id (int32) to the row's owner. The row comes back and its gradient goes there, in float32.
+    A device asks for a row once, however often its tokens repeat it: the share memory/distinct_share of the bytes is
+    left, and 1/devices of them does not leave the device. Empty places that transport all_to_all sends are not counted.
     """
     engram = config.engram
     return len(engram.engram_layer_ids) * engram.num_rows_per_token * (4 + 2 * 4 * engram.engram_head_dim)
@@ -272,6 +273,7 @@ def describe(run: RunConfig) -> str:
         "FLOPs per token": f"{flops:.4g}  (training)",
         "tokens": f"{tokens:,}",
         "FLOPs": f"{flops * tokens:.4g}",
+        "decoding cache": f"{_bytes(cache_bytes(model, run.data.seq_len))}  (of {run.data.seq_len:,} tokens)",
     }
     if model.engram.enabled:
         facts |= _memory_facts(run)

@@ -1,7 +1,7 @@
-"""The backbone, a pure function of (params, tokens, rows): embed -> blocks, cut at the Engram layers -> logits, loss.
+"""The language model, a pure function of (params, tokens, rows): embedding -> blocks -> logits, loss.
 
-Blocks of one kind between two cuts are stacked (one leading layer dim) and scanned. A block's initialisation depends
-on its own index and the seed only: models that differ in Engram layers, and so in the cuts, share it bit for bit.
+Blocks of one kind between two Engram layers are stacked (one leading layer dim) and scanned. A block's initialisation
+depends on its own index and the seed only, so models that differ in their Engram layers share it bit for bit.
 
 Legend: B batch, T seq, D hidden size, M residual streams, V vocabulary, L layers of a stack.
 """
@@ -52,7 +52,7 @@ class Segment:
 
 
 def segments(config: ModelConfig) -> list[Segment]:
-    """The blocks cut at Engram layers and where dense blocks give way to MoE blocks."""
+    """All blocks in order, cut before Engram layers and between dense and MoE blocks."""
     first_moe = config.moe.first_k_dense_replace if config.moe.enabled else config.num_hidden_layers
     cuts = {0, config.num_hidden_layers, min(first_moe, config.num_hidden_layers), *config.engram.engram_layer_ids}
     bounds = sorted(cuts)
@@ -63,7 +63,7 @@ def segments(config: ModelConfig) -> list[Segment]:
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
-    """A key that depends on the name alone: adding a part to the model leaves the others' initialisation as it was."""
+    """A key for a part of the model. It depends on the name alone, so a new part leaves the other parts unchanged."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
@@ -92,7 +92,7 @@ class Block(nnx.Module):
         return self.feed_forward(x_BTMD, segment_ids_BT)
 
     def attend(self, x_BTMD: jax.Array, attention: Callable[[jax.Array], tuple[jax.Array, T]]) -> tuple[jax.Array, T]:
-        """The first half, with `attention` of normed states [B, T, D], and what else `attention` returns."""
+        """The first half: the streams after `attention` of normed states [B, T, D], and its second result."""
         with jax.named_scope("attention"):
             hc = self.attn_hc if self.streams > 1 else None
             return self._residual(x_BTMD, hc, lambda h_BTD: attention(self.attn_norm(h_BTD)))
@@ -100,7 +100,7 @@ class Block(nnx.Module):
     def feed_forward(
         self, x_BTMD: jax.Array, segment_ids_BT: jax.Array | None = None
     ) -> tuple[jax.Array, MoEStats | None]:
-        """The second half."""
+        """The second half: the streams after the feed-forward layer, and a MoE layer's statistics."""
 
         def sublayer(h_BTD):
             h_BTD = self.ffn_norm(h_BTD)
@@ -122,8 +122,8 @@ class Block(nnx.Module):
 class Model(nnx.Module):
     """A language model with or without memory.
 
-    `rows` maps `str(layer_id)` to [batch, seq, heads, head_dim]; without it (or with zero rows) the Engram layers add
-    nothing.
+    `rows` maps `str(layer_id)` to [batch, seq, heads, head_dim]. Without `rows`, or with rows of zeros, the Engram
+    layers add nothing.
     """
 
     def __init__(self, config: ModelConfig, key: jax.Array):
@@ -184,7 +184,7 @@ class Model(nnx.Module):
         return self.final(x_BTMD), stats
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """The streams before the first block, which the embedding enters alike: x_BTMD."""
+        """The streams before the first block, all equal to the embedding: x_BTMD."""
         table_VD = in_use(self.embedding_vd[...], "vocab", "embed", dtype=self.config.dtype)
         x_BTD = table_VD.at[tokens_BT].get(out_sharding=spec("batch", "seq", "act"))
         if (share := self.config.engram.vocab_share) != 1:
@@ -197,7 +197,7 @@ class Model(nnx.Module):
 
     @property
     def output_head(self) -> jax.Array:
-        """[D, V]."""
+        """The matrix from states to logits: [D, V]."""
         return self.embedding_vd[...].T if self.config.tie_word_embeddings else self.head_dv[...]
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -218,7 +218,7 @@ class Model(nnx.Module):
 
 
 def updated_buffers(buffers: dict, stats: Mapping[str, MoEStats], config: ModelConfig) -> dict:
-    """The balancing biases after a step with these expert loads (paper: loss-free balancing)."""
+    """The buffers after a step with these expert loads: balancing biases have moved (loss-free balancing)."""
     blocks = dict(buffers.get("blocks", {}))
     for name, stack in stats.items():
         bias_LE = blocks[name]["ffn"]["balance_bias"]

@@ -124,7 +124,7 @@ PLACEMENTS: Registry[Any] = Registry(
 """`memory.placement`: which memory holds the tables (memory/placements/base.py)."""
 
 ATTENTION: Registry[Any] = Registry(
-    "attention",
+    "kind of attention",
     "attention",
     {"mla": "engram_jax.variants.mla:VARIANT", "gqa": "engram_jax.variants.gqa:VARIANT"},
 )

@@ -18,6 +18,7 @@ from engram_jax.config import (
     OptimizerConfig,
     replace,
 )
+from engram_jax.inference.cache import new_cache
 from engram_jax.memory.compression import TokenMap
 from engram_jax.memory.quantized import FrozenFP8
 from engram_jax.memory.row_optimizers import bytes_per_row
@@ -96,6 +97,25 @@ def test_leaves_are_those_of_the_model(key, model):
     for leaf in counts.leaves(model):
         counted[leaf.name] += leaf.size
     assert counted == built
+
+
+@pytest.mark.parametrize(
+    ("changes", "numbers", "readers"),
+    [
+        ({}, 5 + 2, (9 + 3) * (2 * 4 + 8 * 2)),  # latent and rope key; gates of two streams in float32, a value
+        ({"engram__engram_without": ("multi_branch",)}, 5 + 2, (9 + 3) * (4 + 8 * 2)),
+        ({"engram__engram_kernel_size": 0}, 5 + 2, 0),
+        ({"attention__kind": "gqa", "attention__num_key_value_heads": 1}, 2 * 5, (9 + 3) * (2 * 4 + 8 * 2)),
+        ({"engram": EngramConfig()}, 5 + 2, 0),
+    ],
+    ids=str,
+)
+def test_bytes_of_the_decoding_cache_by_hand_and_as_allocated(changes, numbers, readers):
+    model, places, spare = replace(TINY, **changes), 40, 3
+    ids = 4 * (2 + spare) if model.engram.enabled else 0
+    assert counts.cache_bytes(model, places, spare) == 3 * places * numbers * 2 + readers + ids + 4
+    cache = jax.eval_shape(lambda: new_cache(model, 1, places, spare))
+    assert counts.cache_bytes(model, places, spare) == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
 def test_groups_by_hand():

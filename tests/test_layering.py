@@ -38,6 +38,8 @@ engram_jax                   the public names
 engram_jax.commands          the command line
 engram_jax.__main__
 
+tpu                          TPU VMs in the cloud: created, watched, deleted
+
 experiments.runs             declared runs: what is trained
 experiments.pods             declared runs on TPU slices
 experiments.studies.engine   how a study asks, is executed and reports
@@ -49,8 +51,6 @@ experiments.study
 experiments.plan
 experiments.compile
 experiments
-
-tpu                          TPU VMs in the cloud: created, watched, deleted
 """
 """From the ground up. A module imports from its own room and from those above it in this list, in functions too."""
 

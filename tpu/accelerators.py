@@ -18,7 +18,7 @@ class Generation:
     gcloud_name: str
     """The first part of gcloud's --accelerator-type."""
     per_chip: int
-    """Cores that the number of a type counts per chip: 2 for v4 and v5p, 1 for v5e and v6e."""
+    """How much one chip counts in the number of a type: 2 (TensorCores) for v4 and v5p, 1 for v5e and v6e."""
     sizes: tuple[int, ...]
     """Numbers that a type may end with, up to one cube of 64 chips."""
     cubes: int

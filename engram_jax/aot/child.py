@@ -18,12 +18,15 @@ from typing import Any
 
 from engram_jax.aot.chips import Topology, topology
 from engram_jax.config import ConfigError, RunConfig, from_dict, to_dict
-from engram_jax.errors import RunError
+from engram_jax.errors import RunError, missing_extra
 
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",  # the topology's chips are described, never opened
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # two compiles at once would trip over libtpu's lock file
     "TPU_SKIP_MDS_QUERY": "1",  # nor is there a cloud to ask
+    # Without these two libtpu prints errors. The slice's name decides what it describes, whatever stands here.
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_LOG_DIR": "disabled",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
@@ -91,7 +94,7 @@ def _last_words(error: str, status: int, stderr: str) -> str:
 
 def _child(ordered: dict[str, Any]) -> dict[str, Any]:
     if importlib.util.find_spec("libtpu") is None:
-        return {"config_error": "compiling for TPUs needs libtpu: install the extra tpu (uv run --extra tpu ...)."}
+        return {"config_error": f"compiling for TPUs: {missing_extra('libtpu', 'tpu')}"}
     import jax
     from jax.experimental import topologies
 

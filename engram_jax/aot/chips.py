@@ -4,8 +4,8 @@ Sizes count CHIPS everywhere in this project: `v5p-64` is 64 chips, v5p:4x4x4. (
 TensorCores for v4 and v5p: there the same slice is v5p-128.)
 
 Figures: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, as of November 2026. `clock_ghz` is not published for
-all: it is the published FLOP/s over the multiply-adds of the matrix units, and serves to turn the compiler's cycles
-into seconds only. Of v4 the network's rate is six links of 50 GB/s; between slices, where nothing is published, v5e's.
+all: it is the published FLOP/s over the multiply-adds of the matrix units, and only turns the compiler's cycles into
+seconds. A v4 has six links of 50 GB/s. Between slices of v4 nothing is published: v5e's rate stands in.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ GIB = 2**30
 class Chip:
     name: str
     libtpu: str
-    """libtpu's name for it."""
+    """libtpu's name for the chip."""
     hbm_bytes: int
-    """What the compiler gives a program: measured by asking it for too much, a little under the published size."""
+    """Memory that the compiler gives a program: measured by asking for too much, a little under the published size."""
     flops: float
-    """bf16, per second."""
+    """FLOP/s in bfloat16."""
     hbm_rate: float
-    """Bytes per second."""
+    """Bytes per second between chip and memory."""
     ici_rate: float
     """Bytes per second that a chip can send within its slice, over all its links: half the bidirectional figure."""
     dcn_rate: float
@@ -37,9 +37,9 @@ class Chip:
     host_bytes: int
     """Memory of a host with `chips_per_host` chips."""
     torus: int
-    """Dimensions of the network."""
+    """Dimensions of the network between chips: 2 or 3."""
     max_chips: int
-    """Of the largest slice."""
+    """Chips of the largest slice."""
     clock_ghz: float
     devices: int = 1
     """jax devices on one chip."""
@@ -47,7 +47,7 @@ class Chip:
     usual: tuple[str, ...] = ()
     """The shapes of its usual slices."""
     libtpu_config: str = ""
-    """Where libtpu must be told what a VM does by itself: that v4's two TensorCores are one device."""
+    """libtpu's chip_config_name. A v4 needs "megacore", which makes its two TensorCores one device as on a VM."""
 
 
 _2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -147,9 +147,9 @@ def topology(name: str, slices: int = 1) -> Topology:
         chips = int(found.group(3))
         by_size = {math.prod(shape): shape for shape in map(_dims, chip.usual)}
         if chips not in by_size:
-            raise ConfigError(f"there is no {chip.name} slice of {chips} chips; {_usual(chip)}")
+            raise ConfigError(f"--topology {name!r}: there is no {chip.name} slice of {chips} chips. {_usual(chip)}")
         dims = by_size[chips]
-    require(_exists(chip, dims), f"there is no slice {name!r}; {_usual(chip)}")
+    require(_exists(chip, dims), f"--topology {name!r}: there is no {chip.name} slice of this shape. {_usual(chip)}")
     return Topology(chip, dims, slices)
 
 
@@ -169,4 +169,4 @@ def _usual(chip: Chip) -> str:
     listed = ", ".join(f"{chip.name}-{math.prod(_dims(shape))} = {shape}" for shape in chip.usual)
     cubes = f" (and any AxBxC of multiples of 4, A <= B <= C, up to {chip.max_chips} chips)" if chip.torus == 3 else ""
     counts = "Numbers are chips; gcloud's v4-N and v5p-N count TensorCores, two to a chip."
-    return f"{chip.name} comes as {listed}{cubes}. {counts}"
+    return f"There are {listed}{cubes}. {counts}"

@@ -15,8 +15,8 @@ ROOM = 0.6
 PER_STREAM_BYTE = 2.9
 """Bytes a sequence needs for each byte of residual streams that its blocks hand on (engram_27b, 5 sequences of 4,096 at
 a time compiled for v5p-64: 36 GB of temporaries for 12.6 GB)."""
-
-
+KEPT_BLOCKS = 8
+"""Without recomputation the backward pass keeps this many times a block's input."""
 UNEVEN = 1 / 32
 """Experts that may be missing for an even share, of all: 55 go to 8 devices as 56 would."""
 
@@ -73,7 +73,11 @@ def _context(run: RunConfig, where: Topology) -> int:
 
 def _room(run: RunConfig, where: Topology) -> float:
     """Sequences at a time for which a device has room."""
+    return ROOM * where.chip.hbm_bytes / where.chip.devices / sequence_bytes(run)
+
+
+def sequence_bytes(run: RunConfig) -> float:
+    """Bytes of device memory for a sequence that is trained on, beside logits and weights: an estimate."""
     model, dtype_bytes = run.model, 2 if run.model.dtype == "bfloat16" else 4
     streams = model.num_hidden_layers * run.data.seq_len * model.hc_mult * model.hidden_size * dtype_bytes
-    blocks = 1 if model.remat == "full" else 8  # what the backward pass keeps of a block beside its input
-    return ROOM * where.chip.hbm_bytes / where.chip.devices / (PER_STREAM_BYTE * blocks * streams)
+    return PER_STREAM_BYTE * (1 if model.remat == "full" else KEPT_BLOCKS) * streams

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from engram_jax.commands.platforms import leave_out_libtpu
 from engram_jax.config import ConfigError, RunConfig, nearest
 from engram_jax.errors import FAILED, GOES_ON, INTERRUPTED, MISTAKEN, PEERS_LOST, PeersError, RunError
 
@@ -25,6 +26,7 @@ NOBODY_READS = 141
 
 def exit_status(command: Callable[[], int]) -> int:
     """What the command returns. A mistake, or a run that cannot go on, is told in one line (errors.py)."""
+    leave_out_libtpu()
     try:
         status = command()
         sys.stdout.flush()
@@ -41,6 +43,7 @@ def training_status(command: Callable[[], int]) -> int:
 
     A program's own error is printed whole and counts as something that may pass: whoever started it tries again.
     """
+    leave_out_libtpu()
     try:
         status = command()
         sys.stdout.flush()

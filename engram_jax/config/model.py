@@ -21,8 +21,8 @@ class EngramConfig:
     engram_layer_ids: tuple[int, ...] = ()
     """Blocks that begin with an Engram reader: distinct, ascending, from 0. Empty: the model has no memory."""
     engram_variant: names.Reader = "paper"
-    """The reader with its hash and gate. paper, deepseek_v41 and qwen_ple are the published Engrams; over_encoding
-    averages n-gram embeddings with the vocabulary's (docs/memory.md)."""
+    """The reader, with its hash and gate. paper, deepseek_v41, qwen_ple: the published Engrams. over_encoding: n-gram
+    embeddings averaged with the vocabulary's (docs/memory.md)."""
     engram_max_ngram_size: int = 3
     """The largest n-gram order N, at least 2. Orders 2..N are looked up."""
     engram_n_heads: int = 8

@@ -48,23 +48,38 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class EvaluatedRun:
+    """A trained run ready to be measured: losses of token sequences, and continuations of prompts.
+
+        run = EvaluatedRun.load(Path("runs/engram_tiny"))
+        scored = run.score([[run.tokenizer.bos_id, *run.tokenizer.encode("some text")]])
+        scored[0].losses                   float32 [T - 1], nats
+
+    Sequences may have any length; those of equal padded length are computed together.
+    """
+
     name: str
+    """Name of the run's folder."""
     parts: Parts
+    """The static half of the run: config, mesh, store, model structure."""
     state: TrainState
+    """The arrays: parameters and tables."""
     tokenizer: Tokenizer
+    """The tokenizer that the run was trained with."""
     run_dir: Path
+    """The run's folder."""
     batch_tokens: int = 4096
     """Tokens computed at a time, about: sets the batch size at each length."""
     memory_scale: Mapping[int, float] = field(default_factory=dict)
-    """By Engram layer, what its rows were multiplied by: already in `state`, said here for the record."""
+    """Factor on the rows of each Engram layer. `state` has it already; it is kept for the record."""
     log: Callable[[str], None] = print
+    """Where warnings go."""
     _said: set[str] = field(default_factory=set)
     _engines: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
     def load(
         cls,
-        run_dir: Path,
+        run_dir: Path | str,
         batch_tokens: int = 4096,
         memory_scale: Sequence[str] = (),
         log: Callable[[str], None] = print,
@@ -74,13 +89,15 @@ class EvaluatedRun:
         """A run's newest checkpoint.
 
         Args:
-          memory_scale: as evaluation/knock_out.py reads it.
-          mesh, placement: devices and where the tables lie, as `load_run` takes them. Without them one device.
+          memory_scale: factors on the rows: `["0"]` for all layers, `["1=0", "2=0.5"]` for some.
+          mesh: devices on the mesh axes, `{"tensor": 4}`. None: one device.
+          placement: the memory that holds the tables. Empty: as in training.
 
         Raises:
           RunError: the folder is not a run, has no checkpoint, or a tokenizer that is not the run's.
           ConfigError: a scale that makes no sense, or a mesh that does not fit.
         """
+        run_dir = Path(run_dir)
         state, parts = load_run(run_dir, log, mesh=mesh, placement=placement)
         tokenizer = load_tokenizer(run_dir / "tokenizer.json")
         scales = parse_scales(memory_scale, parts.config.model.engram)

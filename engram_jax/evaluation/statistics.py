@@ -28,8 +28,8 @@ class Metric:
     higher_is_better: bool = False
 
     def scaled(self, factor: float, unit: str) -> Metric:
-        """In another unit: value and standard error times `factor`."""
-        stderr = None if self.stderr is None else self.stderr * factor
+        """The number in another unit: `factor` times as large."""
+        stderr = None if self.stderr is None else self.stderr * abs(factor)
         return Metric(self.value * factor, stderr, self.count, self.clusters, unit, self.higher_is_better)
 
     def exp(self, unit: str = "") -> Metric:

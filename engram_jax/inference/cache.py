@@ -28,6 +28,8 @@ from engram_jax.sharding import spec
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
+    """What decoding keeps of B sequences."""
+
     length_B: jax.Array
     """int32: accepted tokens of each sequence."""
     attention: dict[str, Any]

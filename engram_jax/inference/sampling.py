@@ -15,15 +15,18 @@ from engram_jax.config import require
 
 @dataclass(frozen=True)
 class Sampling:
+    """How the tokens of a continuation are drawn from the model's logits."""
+
     max_tokens: int = 200
-    """New tokens at most; the end-of-document token stops earlier."""
+    """New tokens at most, at least 1. The end-of-document token stops earlier."""
     temperature: float = 0.8
-    """0: always the most probable token."""
+    """Divides the logits before drawing, 0 or more. 0: always the most probable token."""
     top_k: int = 50
-    """Draw from this many of the most probable tokens only (0: all)."""
+    """Draw only from this many of the most probable tokens. 0: from all."""
     top_p: float = 1.0
-    """Draw from the fewest most probable tokens that together have this probability (1: all)."""
+    """Draw only from the fewest most probable tokens that together have this probability, in (0, 1]. 1: from all."""
     seed: int = 0
+    """Seed of the drawing, 0..2^32-1. The same seed gives the same text."""
 
     def __post_init__(self):
         require(self.max_tokens > 0, f"max_tokens={self.max_tokens} must be positive.")

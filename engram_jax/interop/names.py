@@ -118,12 +118,12 @@ class Weight:
 
 
 def table_name(layer: int | str) -> str:
-    """The rows of an Engram layer, [rows, head_dim], in logical order: head after head, orders ascending."""
+    """The tensor's name of an Engram layer's rows, [rows, head_dim]: head after head, orders ascending."""
     return f"model.layers.{layer}.engram.embed.weight"
 
 
 def weights(config: ModelConfig) -> Iterator[Weight]:
-    """All tensors of a model but its tables, in the order of the model."""
+    """All tensors of a model except its tables, in the order of the model."""
     V, D = config.vocab_size, config.hidden_size
     yield _weight("model.embed_tokens.weight", ("embedding_vd",), (V, D), "vd->v,d")
     for segment in segments(config):

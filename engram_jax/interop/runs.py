@@ -49,16 +49,21 @@ Log = Callable[[str], None]
 
 
 def export_run(
-    run_dir: Path, folder: Path, dtype: Literal["float32", "bfloat16"] = "float32", log: Log = print
+    run_dir: Path | str, folder: Path | str, dtype: Literal["float32", "bfloat16"] = "float32", log: Log = print
 ) -> list[Path]:
     """Writes a run's newest checkpoint as a Hugging Face folder; returns its safetensors files.
 
-    In bfloat16 the hyper-connections' coefficients and the experts' biases stay float32, as they are computed with.
+    Args:
+      run_dir: the run's folder.
+      folder: the folder to write; it must not exist yet.
+      dtype: of the numbers in the files. float32 is exact. In bfloat16 the hyper-connections' coefficients and the
+        experts' biases stay float32, as they are computed with.
 
     Raises:
-      ConfigError: the folder is there already.
+      ConfigError: the folder exists already.
       RunError: the run cannot be read, or the disk has no room.
     """
+    run_dir, folder = Path(run_dir), Path(folder)
     state, parts = load_run(run_dir, log, tables=False)
     step, store = int(state.step), parts.store
     tree = _joined(jax.device_get(state.params), jax.device_get(state.buffers))
@@ -136,13 +141,19 @@ def _joined(params: Tree, buffers: Tree) -> Tree:
 # --- import ---
 
 
-def import_run(folder: Path, run_dir: Path, log: Log = print) -> None:
-    """Makes a run of a folder that `export_run` wrote: `load_run` reads it. It appears when it is whole.
+def import_run(folder: Path | str, run_dir: Path | str, log: Log = print) -> None:
+    """Makes a run from a folder that `export_run` wrote; `load_run` reads it. The run's folder appears when complete.
+
+    Args:
+      folder: the folder that `export_run` wrote.
+      run_dir: the run's folder to write; it must not exist yet. The run has no optimizer state, so it cannot be
+        resumed; `TrainConfig.init_from` begins a new run with it.
 
     Raises:
-      ConfigError: the run's folder is there already, or the folder is not one of `export_run`.
+      ConfigError: the run's folder exists already, or `export_run` did not write the folder.
       RunError: a file is missing, cut short or of another checkpoint; the message names file and tensor.
     """
+    folder, run_dir = Path(folder), Path(run_dir)
     require(not run_dir.exists(), f"{run_dir} is there already: give a new folder, or delete that one.")
     files = Folder(folder)
     block = _block(files)

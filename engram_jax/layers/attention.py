@@ -19,7 +19,7 @@ from engram_jax.variants.attention import AttentionLayer
 
 
 def causal_mask(length: int, segment_ids_BT: jax.Array | None) -> jax.Array:
-    """mask_BTS (or one for all rows, [1, T, S]): True where a query may look: not ahead, not into another segment.
+    """mask_BTS, or [1, T, S] for all rows: True where a query may look, which is its own segment up to itself.
 
     Every query may look at itself, padding (segment 0) included, so no softmax is empty.
     """
@@ -30,7 +30,7 @@ def causal_mask(length: int, segment_ids_BT: jax.Array | None) -> jax.Array:
 
 
 def whole_sequence(x_BT: jax.Array) -> jax.Array:
-    """x with all positions on every device that has some of them, whatever follows the first two dims."""
+    """x [B, T, ...] with all positions T of a sequence on every device that has some of them."""
     sharding = sharding_of(x_BT)
     return x_BT if sharding is None else jax.reshard(x_BT, P(sharding.spec[0], None, *sharding.spec[2:]))
 
@@ -38,7 +38,10 @@ def whole_sequence(x_BT: jax.Array) -> jax.Array:
 def attend(
     q_BTNH: jax.Array, k_BSGH: jax.Array, v_BSGV: jax.Array, segment_ids_BT: jax.Array | None, scale: float
 ) -> jax.Array:
-    """Causal attention inside segments, y_BTNV: a kernel on TPU, elsewhere the product of all queries and keys."""
+    """Causal attention inside segments, y_BTNV in `q.dtype`: by a kernel on TPU, elsewhere by the T x S products.
+
+    k and v have all S = T positions (`whole_sequence`); N is a multiple of G. scale: factor of the scores.
+    """
     if platform() == "tpu":
         return splash_attention(q_BTNH, k_BSGH, v_BSGV, segment_ids_BT, scale)
     return attention(q_BTNH, k_BSGH, v_BSGV, causal_mask(q_BTNH.shape[1], segment_ids_BT), scale)
@@ -49,8 +52,8 @@ def attention(
 ) -> jax.Array:
     """softmax(scale q k) v -> y_BTNV in `q.dtype`; scores and softmax in float32 or wider. scale: 1/sqrt(H) if None.
 
-    N must be a multiple of G: query heads n*N/G .. share a key-value head. The softmax is normalised after the product
-    with v: a division of T x V numbers instead of T x S (1.3 times faster forward and backward on CPU).
+    N must be a multiple of G: N / G neighbouring query heads share a key-value head. The softmax is normalised after
+    the product with v: a division of T x V numbers instead of T x S (1.3 times faster forward and backward on CPU).
     """
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     repeats = q_BTNH.shape[2] // k_BSGH.shape[2]

@@ -52,7 +52,7 @@ def attend_cached(
 
     Args:
       v_BTGV: None if the cache keeps no values: they are the first `value_width` numbers of the keys.
-      kept: its dim G is cut over devices, or whole, as that of the new keys is.
+      kept: the cache of the stack. Its dim G lies on devices as the dim G of the new keys does.
       layer: int32 scalar, which layer of the stack.
       length_B: int32, the tokens that each sequence has already. There must be room for T more.
       scale: factor of the scores.
@@ -85,8 +85,8 @@ def _softmax_over_blocks(
 ) -> jax.Array:
     """softmax(q k scale) v of all places up to each query's own, y_BTNV in `q.dtype`.
 
-    Blocks of keys in turn, with the running maximum and sum of the softmax (Milakov & Gimelshein 2018): memory does
-    not grow with the context, and the work grows with the longest sequence, not with the size of the cache.
+    One block of keys after the other, with the running maximum and sum of the softmax (Milakov & Gimelshein 2018):
+    memory does not grow with the context, and the work grows with the longest sequence, not with the cache.
     """
     B, T, N, H = q_BTNH.shape
     S, G = kept.k_LBSGH.shape[2:4]

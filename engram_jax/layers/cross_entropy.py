@@ -1,9 +1,9 @@
-"""Output projection and cross-entropy in one, with the backward pass written out.
+"""Output projection and cross-entropy in one function, with the backward pass written out.
 
-Two forms of equal value: `token_losses` keeps the logits for the backward pass, `chunked_token_losses` never has more
-of them than a chunk's.
+Two forms have equal values: `token_losses` keeps all logits for the backward pass, `chunked_token_losses` has the
+logits of one chunk at a time.
 
-Legend: B batch, T seq, D hidden size, V vocabulary; N chunks of P positions. In lower case a device's own part of it.
+Legend: B batch, T seq, D hidden size, V vocabulary; N chunks of P positions. Lower case: a device's own part.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def output_logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
 def token_losses(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """Nats at each position [B, T], float32 or wider; 0 where the target is negative: `NO_LOSS`, or others' -100.
 
-    Autodiff keeps a mask of the logits' size and transposes the logits' gradient in memory: 2.3 times the time of this
-    on CPU, for 4,096 tokens and as many entries of vocabulary.
+    Autodiff would keep a mask of the logits' size and transpose the logits' gradient in memory: 2.3 times the time on
+    CPU, for 4,096 tokens and 4,096 entries of vocabulary.
     """
     return _forward(hidden_BTD, head_DV, targets_BT)[0]
 
@@ -78,10 +78,9 @@ def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 def chunked_token_losses(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunk_len: int) -> jax.Array:
     """`token_losses`, with logits for `chunk_len` positions of a sequence at a time, recomputed in the backward pass.
 
-    The loop runs on each device's own tokens. So the head is gathered once in each direction, and its gradient added up
-    where the tokens are and cut in the exchange that sums it: one chunk after the other, each with its own exchange,
-    they sent 8 times as much, and XLA kept the logits' gradients of all chunks until the end of the backward pass
-    (10.6 GB for 5 sequences of 4,096 and 129,280 entries of vocabulary).
+    The loop runs on each device's own tokens, so the head is gathered once in each direction, and its gradient is
+    exchanged once. With an exchange per chunk, devices sent 8 times as much, and XLA kept the logits' gradients of all
+    chunks until the end of the backward pass (10.6 GB for 5 sequences of 4,096 and 129,280 entries of vocabulary).
     """
     return _chunked_forward(hidden_BTD, head_DV, targets_BT, chunk_len)[0]
 
@@ -148,7 +147,7 @@ chunked_token_losses.defvjp(_chunked_forward, _chunked_backward)
 
 
 def _on_devices(local, in_specs, out_specs):
-    """`local` on each device's part, which is laid out so before; as it is outside a mesh."""
+    """`local` as a function of each device's part; `local` itself outside a mesh."""
     if in_specs[0] is None:
         return local
     run = jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -160,12 +159,12 @@ def _in_mesh() -> bool:
 
 
 def _whole(head_dv: jax.Array) -> jax.Array:
-    """A head cut as it is stored, all of its rows: [D, v]."""
+    """The head with all rows, gathered from the devices that store parts of them: [D, v]."""
     return jax.lax.all_gather(head_dv, LOGICAL_TO_MESH["embed"], axis=0, tiled=True) if _in_mesh() else head_dv
 
 
 def _cut(d_head_Dv: jax.Array) -> jax.Array:
-    """Its transpose: summed over all tokens, each device its part [d, v]."""
+    """The transpose of `_whole`: summed over all tokens, each device its part [d, v]."""
     if not _in_mesh():
         return d_head_Dv
     embed: tuple[str, ...] = LOGICAL_TO_MESH["embed"]  # type: ignore[assignment]
@@ -188,7 +187,7 @@ def _is_local_target(logits_bPv: jax.Array, targets_bP: jax.Array) -> jax.Array:
 
 
 def _to_chunks(x_bt: jax.Array, chunk_len: int, fill: int = 0) -> jax.Array:
-    """[b, t, ...] -> [N, b, P, ...]; what the last chunk lacks is filled up."""
+    """[b, t, ...] -> [N, b, P, ...]; the last chunk is padded."""
     length = x_bt.shape[1]
     number = -(-length // chunk_len)
     room = [(0, 0), (0, number * chunk_len - length), *[(0, 0)] * (x_bt.ndim - 2)]

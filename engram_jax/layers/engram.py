@@ -33,7 +33,7 @@ def signed_sqrt(score: jax.Array) -> jax.Array:
 
 
 def copysign_sqrt(score: jax.Array) -> jax.Array:
-    """The same with V4.1's sign: 1e-3 at s = 0."""
+    """`signed_sqrt` with V4.1's sign: 1e-3 at s = 0."""
     return jnp.where(score >= 0, 1.0, -1.0) * jnp.sqrt(jnp.maximum(jnp.abs(score), GATE_FLOOR))
 
 
@@ -85,7 +85,7 @@ class GatedValues:
 
 
 class EngramReader(Reader):
-    """One Engram layer of the paper: `y = reader(x_BTMD, rows_BTHd, segment_ids_BT)`, to be added to the streams.
+    """One Engram layer of the paper: `update_BTMD = reader(x_BTMD, rows_BTHd, segment_ids_BT)`.
 
     Zero rows give exactly zero output (without `engram_bias`). The convolution starts at zero, so that the reader
     starts as the gated value alone (paper, section 2.4). Readers that lack a part are in layers/engram_readers.py.
@@ -124,7 +124,7 @@ class EngramReader(Reader):
         return self.written(x_BTMD, y_BTMD).astype(x_BTMD.dtype), gate_BTM
 
     def written(self, x_BTMD: jax.Array, y_BTMD: jax.Array) -> jax.Array:
-        """The update of the streams x that y makes, which is what `convolved` returned."""
+        """The update of the streams x, made of y, the result of `convolved`."""
         return y_BTMD
 
     def gated_value(self, x_BTMD: jax.Array, rows_BTHd: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -136,7 +136,7 @@ class EngramReader(Reader):
         return jax.nn.sigmoid(self.signed_score(scores_BTM)), value_BTD
 
     def signed_score(self, score_BTM: jax.Array) -> jax.Array:
-        """What the gate is the sigmoid of, as the variant was published."""
+        """The gate before its sigmoid, as the variant was published: [B, T, M]."""
         return GATES[READERS[self.config.engram.engram_variant].gate](score_BTM)
 
     def keys_value(self, rows_BTHd: jax.Array, dtype: Any) -> jax.Array:

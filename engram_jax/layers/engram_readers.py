@@ -27,11 +27,11 @@ class UngatedReader(EngramReader):
 
 
 class SingleBranchReader(EngramReader):
-    """One key and one gate for the one state H_pre x that a sub-layer reads, written back by H_post.
+    """One key and one gate for the state H_pre x that a sub-layer reads; H_post writes the update back.
 
-    The paper keeps the streams and fuses once, after H_pre; whose H_pre, and how the update returns, it does not say.
-    Here the fusion is a sub-layer of its own kind: its own H_pre and H_post, trained and started as every sub-layer's
-    are, and no H_res, for the full reader mixes no streams either (and zero rows must add nothing).
+    The paper keeps the streams and fuses once, after H_pre. It does not say whose H_pre, and how the update returns.
+    Here the fusion has its own H_pre and H_post, which start and train as every sub-layer's do. It has no H_res: the
+    full reader does not mix streams either, and zero rows must add nothing.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):

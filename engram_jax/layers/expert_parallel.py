@@ -1,9 +1,9 @@
-"""Routed experts that live on different devices: tokens travel to their experts' owners and back, none is dropped.
+"""Routed experts on different devices: tokens travel to their experts' owners and back. No token is dropped.
 
     sort by expert -> one block of C places per owner =exchange=> grouped products =exchange=> weighted sum per token
 
-Shapes are static: a block has room for `capacity_factor` times what evenly routed tokens would need. What does not fit
-is carried in further rounds, of which none is run as long as everything fits; a round costs time, never a token. The
+Shapes are static: a block has room for `capacity_factor` times what evenly routed tokens would need. Pairs
+that do not fit are carried in further rounds, which run only if they are needed; a round costs time, never a token. The
 numbers do not depend on the capacity, nor on the transport (transports.py).
 
 Legend: N tokens of one device, K experts per token, E experts in all, S owners along the mesh axis `expert`, C places
@@ -60,7 +60,7 @@ def exchanged(
 
     Args:
       experts: this device's weights, [E / S, ...] each.
-      form: how it computes them, one of moe.py's.
+      form: how the device computes them, one of moe.py's functions.
 
     Returns:
       (y_ND, how many of this device's pairs were carried in further rounds: int32 scalar).
@@ -126,7 +126,7 @@ def exchanged(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def move(block_QD: jax.Array, sizes_S: jax.Array, arrived_S: jax.Array, transport: str) -> jax.Array:
-    """The block's parts at their owners; the gradient travels back."""
+    """Sends each part of the block to its owner; the gradient travels back."""
     return TRANSPORTS[transport](block_QD, sizes_S, arrived_S, AXES)
 
 
@@ -138,7 +138,7 @@ move.defvjp(
 
 @jax.custom_vjp
 def spread(x_ND: jax.Array, pair_Q: jax.Array, place_NK: jax.Array) -> jax.Array:
-    """The token row of each place: x_QD, zero in an empty one."""
+    """The token row of each place, zero in an empty place: x_QD."""
     return _row(x_ND, pair_Q // place_NK.shape[1])
 
 

@@ -23,6 +23,7 @@ class FFN(nnx.Module):
         self.down_fd = nnx.Param(normal(out_std)(rngs.params(), (F, D), jnp.float32, out_sharding=spec("ffn", "embed")))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """x_BTD -> y_BTD in `x.dtype`."""
         dtype, inner = x_BTD.dtype, spec("batch", "seq", "ffn")
         gate_df, up_df = (in_use(w[...], "embed", "ffn", dtype=dtype) for w in (self.gate_df, self.up_df))
         gate_BTF = jnp.einsum("btd,df->btf", x_BTD, gate_df, out_sharding=inner)

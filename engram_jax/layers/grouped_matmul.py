@@ -1,4 +1,4 @@
-"""One product per group of rows: rows sorted by group, each group with a matrix of its own.
+"""Grouped matrix product: rows are sorted by group, and each group has its own matrix.
 
 Letters: S row, E group, D inner, F outer dim.
 """
@@ -20,8 +20,8 @@ TILES = (512, 1024, 1024)
 def grouped_matmul(x_SD: jax.Array, weight_EDF: jax.Array, count_E: jax.Array) -> jax.Array:
     """y_SF, float32 or wider: the first count_E[0] rows times weight_EDF[0], and so on; rows beyond are undefined.
 
-    On TPU jax's megablox kernels, elsewhere `jax.lax.ragged_dot`. XLA:TPU has a kernel for that too, but computes the
-    weights' gradient as E products over all rows (engram_27b compiled for v5p: 9.1 times the model's FLOPs).
+    On TPU by jax's megablox kernels, elsewhere by `jax.lax.ragged_dot`. XLA:TPU has a kernel for it too, but computes
+    the weights' gradient as E products over all rows (engram_27b compiled for v5p: 9.1 times the model's FLOPs).
     """
     if platform() == "tpu":
         return _kernels(x_SD, weight_EDF, count_E)
@@ -62,12 +62,12 @@ def _tiles(num_rows: int, dims: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _tile(dim: int, at_most: int) -> int:
-    """Whole tiles of 128 lanes that divide the dim, if there are such."""
+    """The size of a tile: whole tiles of 128 lanes that divide the dim, if possible."""
     even = (tile for tile in range(at_most, 0, -128) if dim % tile == 0)
     return min(dim, next(even, at_most))
 
 
 def _whole_tiles(x_SD: jax.Array) -> jax.Array:
-    """Padded to a multiple of the smallest tile's rows."""
+    """x padded to a multiple of the smallest tile's rows."""
     missing = -len(x_SD) % 128
     return jnp.pad(x_SD, [(0, missing), (0, 0)]) if missing else x_SD

@@ -20,7 +20,8 @@ from engram_jax.config import require
 from engram_jax.sharding import in_use, spec
 
 FLOAT32 = jax.lax.Precision.HIGHEST
-"""An accelerator's default would round the coefficients to bfloat16, and the rows of H_res would not sum to 1."""
+"""Precision of the coefficients' products. By default an accelerator rounds to bfloat16, and the rows of H_res would
+not sum to 1."""
 
 STREAM_STAYS = 6.0
 """Diagonal of the static residual logits. A stream passes 3 e^-6 = 0.7 % of itself on per sub-layer (M = 4): close to

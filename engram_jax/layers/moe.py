@@ -28,7 +28,7 @@ EMBED_DIMS = (1, 1, 2)
 
 
 class Buffer(nnx.Variable):
-    """State of a layer that no gradient trains."""
+    """State of a layer that is not trained by a gradient."""
 
 
 @jax.tree_util.register_dataclass
@@ -125,7 +125,7 @@ def blocked(x_ND, expert_ids_NK, weights_NK, gate_edf, up_edf, down_efd):
     """
     (N, K), E, D = expert_ids_NK.shape, gate_edf.shape[0], x_ND.shape[1]
     # E blocks are added for the experts' last, partly filled ones: at most 1/8 more rows, down to blocks of 8.
-    # Decoding has fewer rows than experts: blocks of one row, and none for an expert that nobody chose.
+    # Decoding has fewer rows than experts: blocks of one row, and no block for an expert that no token chose.
     block = 1 if N * K <= E else min(max(N * K // (8 * E), 8), 128)
     slots = sort_by_expert(expert_ids_NK, E, block)
     x_SD, weights_S = gather_rows(x_ND, slots.token_S, slots.slot_NK), _to_slots(weights_NK, slots)
@@ -135,10 +135,10 @@ def blocked(x_ND, expert_ids_NK, weights_NK, gate_edf, up_edf, down_efd):
 
 
 def stored_specs(num_experts: int) -> tuple[P | None, P | None]:
-    """Where gate_edf and up_edf lie, and where down_efd does.
+    """Logical dims of gate_edf and up_edf, and of down_efd.
 
-    Whole experts with their owners, if they divide over the mesh axis `expert`. Else that axis, too, cuts what is cut
-    in storage only, and the owners receive their experts as they gather them (`owned`).
+    If the experts divide over the mesh axis `expert`, each owner stores whole experts. Otherwise that axis too cuts the
+    dims that are cut in storage only, and owners receive their experts when they gather them (`owned`).
     """
     mesh = jax.sharding.get_abstract_mesh()
     divides = mesh.empty or num_experts % mesh.shape["expert"] == 0
@@ -149,7 +149,7 @@ def stored_specs(num_experts: int) -> tuple[P | None, P | None]:
 def owned(experts: tuple[jax.Array, ...], num_experts: int) -> tuple[jax.Array, ...]:
     """This device's experts, whole, from its part of the stored weights, inside shard_map.
 
-    The last owner may have fewer of the `num_experts`, and zeros for the rest. The gradient's way back is a
+    The last owner may have fewer experts, and zeros in place of the missing ones. The gradient is sent back by a
     reduce-scatter.
     """
     if missing := -num_experts % jax.lax.axis_size("expert"):
@@ -168,7 +168,7 @@ FORMS = {"every_expert": every_expert, "ragged": ragged, "blocked": blocked}
 
 
 class Slots(NamedTuple):
-    """Where the N * K routed rows stand when they are sorted by expert, each expert's rows padded to whole blocks."""
+    """Places of the N * K routed rows, sorted by expert, each expert's rows padded to whole blocks."""
 
     token_S: jax.Array
     """The token in a slot; 0 in an empty slot, whose routing weight is 0."""
@@ -182,7 +182,7 @@ class Slots(NamedTuple):
 def sort_by_expert(expert_ids_NK: jax.Array, num_experts: int, block: int) -> Slots:
     """A stable sort; S = N * K rounded up to blocks, plus a block per expert (block = 1: exactly N * K slots).
 
-    Id E is no expert: its rows come last and count for none.
+    Id E means no expert: its rows come last and belong to no expert.
     """
     (N, K), E = expert_ids_NK.shape, num_experts
     num_blocks = N * K if block == 1 else -(-N * K // block) + E
@@ -268,7 +268,7 @@ _block_experts.defvjp(_block_experts_forward, _block_experts_backward)
 
 
 class MoE(nnx.Module):
-    """The layer. `balance_bias` is moved by the trainer (`updated_bias`), not by a gradient."""
+    """A feed-forward layer of experts. The trainer moves `balance_bias` (`updated_bias`), no gradient does."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         moe, D, E, F = config.moe, config.hidden_size, config.moe.n_routed_experts, config.moe.moe_intermediate_size

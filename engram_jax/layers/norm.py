@@ -21,6 +21,8 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
+    """`rms_norm` with a trained gain [dim], which starts at 1."""
+
     def __init__(self, dim: int, eps: float):
         self.gain = nnx.Param(jnp.ones((dim,), jnp.float32, out_sharding=spec("norm")))
         self.eps = eps

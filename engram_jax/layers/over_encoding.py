@@ -1,13 +1,13 @@
 """OverEncoding: n-gram embeddings averaged with the vocabulary's, at the model's input (Huang et al. 2025, arXiv
-2501.16975), which the paper compares Engram with (section 3.2). Another reader of the same store.
+2501.16975), the paper's other memory (section 3.2). It is another reader of the same store.
 
     x = a (E[t] + sum_i W_i row_i) / (1 + K (N - 1)),    i over the K slices of each order 2..N
 
 The amplification a is 1 as published, and the square root of the hidden size in LongCat (Liu et al. 2026, arXiv
-2601.21204), lest what the first attention adds drown the input. docs/memory.md has what it is worth.
+2601.21204), so that the first attention does not drown the input. docs/memory.md measures its worth.
 
-Slices are Engram's heads: a slice's row is narrow, and a projection of its own widens it. There is no gate and no
-convolution. `Model.embed` takes the vocabulary's share of the average, this reader adds the rest.
+A slice is what Engram calls a head: its row is narrow, and its own projection widens it. There is no gate and no
+convolution. `Model.embed` takes the vocabulary's share of the average, and this reader adds the share of the rows.
 
 Legend: B batch, T seq, H = K (N - 1) slices, d row width, D hidden size, M residual streams.
 """
@@ -26,10 +26,10 @@ from engram_jax.sharding import in_use, spec
 
 
 class OverEncoding(Reader):
-    """`y = reader(x_BTMD, rows_BTHd)`, to be added to the streams before the first block. Zero rows add nothing.
+    """OverEncoding's reader: an update of the streams before the first block. Zero rows add nothing.
 
-    The publication's initial scale is not known to us. Here W starts at d^-1/2, so that a projected row has the spread
-    of the vocabulary's embeddings, whose equal it is in the average.
+    The publication does not give an initial scale. Here W starts at d^-1/2, so that a projected row has the spread of
+    the vocabulary's embeddings, with which it is averaged.
     """
 
     slice_hed: nnx.Param

@@ -19,8 +19,8 @@ from engram_jax.variants.readers import ReaderLayer
 class Reader(nnx.Module):
     """A reader that has no gates and looks at one position at a time; variants/readers.py documents the methods.
 
-    A subclass has `__init__` and `__call__`. One with gates adds `has_gates` and `read`; one that looks back adds
-    `new_cache` and `extend`.
+    A subclass has `__init__` and `__call__`. A reader with gates adds `has_gates` and `read`. A reader that looks back
+    adds `new_cache` and `extend`.
     """
 
     has_gates: ClassVar[bool] = False

@@ -35,7 +35,7 @@ def frequencies(config: AttentionConfig, width: int, dtype: jnp.dtype | type = j
     """Radians per position of each pair of dims, [width / 2]: `theta**(-2i/width)`, under YaRN some of them slowed.
 
     YaRN's "NTK-by-parts" (section 3.2): a pair that turns often within the original length tells near positions apart
-    and stays; one that turns less than once would see angles never trained on and is divided by `factor`.
+    and stays. A pair that turns less than once would see angles that training never showed: it is divided by `factor`.
     """
     half = width // 2
     frequency_H = config.rope_theta ** (-jnp.arange(half, dtype=dtype) / half)
@@ -46,11 +46,11 @@ def frequencies(config: AttentionConfig, width: int, dtype: jnp.dtype | type = j
 
 
 def slowed_share(yarn: YarnConfig, theta: float, width: int) -> np.ndarray:
-    """How far each pair is slowed, from 0 (as it was) to 1 (divided by the factor): float64 [width / 2].
+    """How far each pair is slowed, from 0 (unchanged) to 1 (divided by the factor): float64 [width / 2].
 
-    A ramp over the pair's index between the ones that turn `beta_fast` and `beta_slow` times, rounded outwards, as
-    YaRN's released code, DeepSeek's and Hugging Face's have it; the paper's equation 18 draws the ramp over the number
-    of turns instead, between the same ends.
+    A ramp over the index, between the pairs that turn `beta_fast` and `beta_slow` times, rounded outwards: as in YaRN's
+    released code, DeepSeek's and Hugging Face's. The paper's equation 18 has a ramp over the number of turns instead,
+    with the same ends.
     """
 
     def index_that_turns(times: float) -> float:
@@ -68,12 +68,12 @@ def _mscale(yarn: YarnConfig, weight: float) -> float:
 
 
 def rotated_length(yarn: YarnConfig) -> float:
-    """What a rotation multiplies lengths by: 1 where `mscale` equals `mscale_all_dim`, as in DeepSeek's models."""
+    """Factor of a rotated vector's length: 1 where `mscale` equals `mscale_all_dim`, as in DeepSeek's models."""
     return _mscale(yarn, yarn.mscale) / _mscale(yarn, yarn.mscale_all_dim)
 
 
 def softmax_scale(config: AttentionConfig) -> float:
-    """What scores are multiplied by before the softmax: 1/sqrt(head width), and YaRN's temperature.
+    """Factor of the scores before the softmax: 1/sqrt(head width) and YaRN's temperature.
 
     DeepSeek's released code sharpens the whole score, the part without position included, by mscale squared.
     """

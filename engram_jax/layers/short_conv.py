@@ -41,7 +41,7 @@ def _short_conv_forward(gate_BTM, value_BTD, norm_gain_MD, conv_KMD, segment_ids
 
 
 def _tap_scales(gate_BTM, value_BTD, segment_ids_BT, taps, dilation, eps, cut):
-    """1 / rms(u), and s as each tap sees it, zero across a document boundary: [B, T, M] and K of them."""
+    """1 / rms(u) [B, T, M], and the scale s that each of the K taps sees, zero across a document boundary."""
     inverse_rms_BTM = jax.lax.rsqrt(gate_BTM**2 * jnp.mean(value_BTD**2, -1, keepdims=True) + eps)
     scale_BTM, scales_KBTM = gate_BTM * inverse_rms_BTM, []
     for distance in _distances(taps, dilation):
@@ -121,15 +121,15 @@ def _distances(taps: int, dilation: int) -> list[int]:
 
 
 def wide(x: jax.Array) -> jax.Array:
-    """float32, or wider as it is."""
+    """x in float32, or unchanged if its dtype is wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def shift(x_BT: jax.Array, distance: int, cut: bool = False) -> jax.Array:
-    """x moved `distance` positions later along dim 1, zeros moving in.
+    """x moved `distance` positions later along dim 1; zeros move in.
 
-    `cut`: inside shard_map, x is a piece of sequences that go on along the mesh axis `context`, and what moves in are
-    the last positions of the piece to the left.
+    `cut`: True inside shard_map, where x is a piece of sequences that the mesh axis `context` cuts. The last positions
+    of the piece to the left move in.
     """
     if not cut or distance == 0:
         length = x_BT.shape[1]
@@ -141,7 +141,7 @@ def shift(x_BT: jax.Array, distance: int, cut: bool = False) -> jax.Array:
 
 
 def unshift(x_BT: jax.Array, distance: int, cut: bool = False) -> jax.Array:
-    """The transpose of `shift`: earlier, zeros (or the piece to the right) moving in at the end."""
+    """The transpose of `shift`: x moved earlier; zeros, or the piece to the right, move in at the end."""
     if not cut or distance == 0:
         length = x_BT.shape[1]
         return jnp.pad(x_BT[:, distance:], _along_seq(x_BT, 0, min(distance, length)))
@@ -152,7 +152,7 @@ def unshift(x_BT: jax.Array, distance: int, cut: bool = False) -> jax.Array:
 
 
 def _require_reach(x_BT: jax.Array, distance: int) -> None:
-    """Only one neighbour is asked."""
+    """Raises `ConfigError` if a shift reaches beyond the one neighbour that `shift` asks."""
     require(
         distance <= x_BT.shape[1],
         f"mesh_context cuts sequences into pieces of {x_BT.shape[1]} positions, and the convolution looks {distance} "

@@ -1,6 +1,6 @@
 """Causal attention on TPU: jax's splash attention kernel (Pallas), on every device's own heads and positions.
 
-No T x S array exists; blocks of keys that lie ahead of a block of queries are not computed at all.
+No T x S array exists; blocks of keys that lie ahead of a block of queries are not computed.
 
 Letters: B batch, T query position, S key position, N query head, G key-value head, H query-key width, V value width.
 """
@@ -36,7 +36,7 @@ def splash_attention(
     """softmax(scale q k) v -> y_BTNV in `q.dtype`, causal and within segments; S = T. scale: 1/sqrt(H) if None.
 
     Under a mesh, heads may be cut over `tensor` and the positions of q over `context`; k and v have all positions.
-    `interpret`: without a TPU, slowly.
+    `interpret`: True runs the kernel without a TPU, slowly.
 
     Raises:
       ConfigError: a device's positions are not a multiple of 128.

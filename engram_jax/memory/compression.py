@@ -1,7 +1,7 @@
 """Tokenizer compression: raw token id -> canonical id, so that "The", " the" and "THE" share their n-grams.
 
-The memory hashes canonical ids; the backbone keeps reading raw ones (paper 2.2, appendix C). A canonical id is the
-rank, in order of first appearance, of a token's normalized text. Every hash multiplier depends on how many there are.
+The memory hashes canonical ids; the backbone reads raw ids (paper 2.2, appendix C). A canonical id is the rank of a
+token's normalized text, in order of first appearance. Every hash multiplier depends on the number of canonical ids.
 
 Shapes: V raw token ids, ... any batch shape.
 """
@@ -20,8 +20,8 @@ from engram_jax.config import ConfigError, EngramConfig, require
 
 # A private-use character carries a lone space past Strip, which would otherwise empty it.
 _LONE_SPACE = "\ue000"
-# Hugging Face's own normalizers: a Python port with `unicodedata` gave 119 other keys on a 129,280-entry vocabulary
-# (accents are all of category M*, lower-casing is per character, the Unicode tables are of another version).
+# Hugging Face's own normalizers: a Python port with `unicodedata` gave 119 different keys on a 129,280-entry vocabulary
+# (there accents are all of category M*, lower-casing is per character, and the Unicode tables have another version).
 _NORMALIZER = normalizers.Sequence(
     [
         normalizers.NFKC(),
@@ -38,10 +38,10 @@ _NORMALIZER = normalizers.Sequence(
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """Canonical id of every raw token id. Compares and hashes by content, so it may be a static jit argument.
+    """Canonical id of every raw token id. Equal and hashed by content, so it may be a static jit argument.
 
     Attributes:
-      canonical_ids: int32 [V], read-only; every value 0..size-1 occurs.
+      canonical_ids: int32 [V], read-only; every value from 0 to size - 1 occurs.
     """
 
     canonical_ids: np.ndarray
@@ -57,9 +57,11 @@ class TokenMap:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Tokenizer | str | os.PathLike[str]) -> TokenMap:
-        """The published compression of a tokenizer, or of a `tokenizer.json` at a path.
+        """The published compression of a tokenizer.
 
-        An id the tokenizer does not use decodes to the empty text, as in the published code, and is mapped like one.
+        Args:
+          tokenizer: the tokenizer, or the path of its `tokenizer.json`. Ids that it does not use count as empty text,
+            as in the published code.
 
         Raises:
           ConfigError: the file is missing or is not a tokenizer.
@@ -73,22 +75,22 @@ class TokenMap:
 
     @classmethod
     def identity(cls, vocab_size: int) -> TokenMap:
-        """No compression: raw ids are hashed (qwen_ple, and models without a text tokenizer)."""
+        """The map without compression: raw ids are hashed (qwen_ple, and models without a text tokenizer)."""
         return cls(np.arange(vocab_size))
 
     @property
     def vocab_size(self) -> int:
-        """Raw token ids V."""
+        """Number of raw token ids, V."""
         return len(self.canonical_ids)
 
     @cached_property
     def size(self) -> int:
-        """Canonical ids V'."""
+        """Number of canonical ids, V'."""
         return int(self.canonical_ids.max()) + 1
 
     @cached_property
     def sha256(self) -> str:
-        """Fingerprint: SHA-256 of the canonical ids as little-endian int64."""
+        """SHA-256 of the canonical ids as little-endian int64, in hexadecimal digits."""
         return hashlib.sha256(self.canonical_ids.astype("<i8").tobytes()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -98,7 +100,7 @@ class TokenMap:
         return hash((self.size, self.sha256))
 
     def check(self, config: EngramConfig, vocab_size: int) -> None:
-        """Raises `ConfigError` unless this map is the one the config and the model (`vocab_size` raw ids) expect."""
+        """Raises `ConfigError` unless the map's sizes are those of the config and the model (`vocab_size` raw ids)."""
         require(
             self.vocab_size == vocab_size,
             f"The tokenizer has {self.vocab_size} token ids, but model.vocab_size={vocab_size}: "
@@ -120,15 +122,15 @@ def _load(path: str) -> Tokenizer:
 
 
 def _key(tokenizer: Tokenizer, token_id: int) -> str:
-    """What two tokens must share to be one canonical id."""
+    """The normalized text of a token: tokens with equal keys share a canonical id."""
     text = tokenizer.decode([token_id], skip_special_tokens=False)
-    if "\ufffd" in text:  # part of a UTF-8 character: there is no text to normalize, so its raw piece stands for it
+    if "\ufffd" in text:  # part of a UTF-8 character, without text to normalize: the raw piece is the key
         return tokenizer.id_to_token(token_id) or text
     return _NORMALIZER.normalize_str(text) or text
 
 
 def canonicalize_numpy(token_map: TokenMap, token_ids: np.ndarray) -> np.ndarray:
-    """Canonical ids int32 [...] of raw ids [...]. Negative ids (blocked) stay; ids of no token become -1 (blocked)."""
+    """Canonical ids int32 [...] of raw ids [...]. Negative ids (blocked) stay; ids from V on become -1 (blocked)."""
     raw = np.asarray(token_ids).astype(np.int64)
     inside = (raw >= 0) & (raw < token_map.vocab_size)
     mapped = token_map.canonical_ids[np.where(inside, raw, 0)]

@@ -1,13 +1,13 @@
-"""The simple mode: one Engram layer's table as an ordinary parameter, for any Flax model and any optax optimizer.
+"""One Engram layer's table as an ordinary parameter, for any Flax model and any optax optimizer.
 
     self.table = DenseTable(constants.num_rows(layer), head_dim, rngs=rngs)             in the model's __init__
     ids_BTH    = ngram_row_ids(constants, layer, canonicalize(token_map, tokens_BT))    (hashing.py)
-    rows_BTHD  = self.table(ids_BTH)                                                    what the reader reads
+    rows_BTHD  = self.table(ids_BTH)                                                    rows for the reader
 
-Row ids are those of `MemoryStore`, so a table trained here can move there and back (`MemoryStore.materialize`). Its
-gradient is a dense array of the table's size and an optimizer such as `optax.adam` passes over all of it at every step:
-the time of a step grows with the table, and memory holds two to four copies of it. From about a million rows on, use
-the store.
+Row ids are those of `MemoryStore`, so a trained table can move to a store and back (`MemoryStore.materialize`). The
+gradient is a dense array of the table's size, and an optimizer such as `optax.adam` passes over all of it at every
+step. So the time of a step grows with the table, and memory holds two to four copies of it. Use the store for more than
+about a million rows.
 
 Legend: R rows (padding included), B batch, T seq, H rows per token, D row width.
 """
@@ -25,7 +25,7 @@ from engram_jax.memory.table import RowInit
 
 
 class DenseTable(nnx.Module):
-    """All rows of one Engram layer in one `nnx.Param`, float32 [R, D]."""
+    """The rows of one Engram layer in one `nnx.Param`, float32 [R, D]."""
 
     def __init__(
         self,
@@ -36,13 +36,15 @@ class DenseTable(nnx.Module):
         shard_over: str | tuple[str, ...] = (),
         rngs: nnx.Rngs,
     ):
-        """Rows from N(0, std), each a function of the key and its id alone.
+        """Makes rows from N(0, std), each a function of the key and its id alone.
 
-        shard_over: axes of the current mesh (of either mode) to cut the rows over; empty, or outside a mesh: every
-        device holds them all. Heads have prime sizes, so that cut rows are padded to a multiple of the devices.
+        Args:
+          num_rows, head_dim: rows of the table, and their width D.
+          shard_over: axes of the current mesh (explicit or auto) over which the rows are cut. They are padded to a
+            multiple of the devices. Empty, or outside a mesh: every device holds all rows.
 
         Raises:
-          ConfigError: no rows, or an axis that the mesh does not have.
+          ConfigError: `num_rows` or `head_dim` is not positive, or the mesh lacks an axis.
         """
         require(num_rows > 0 and head_dim > 0, f"num_rows={num_rows} and head_dim={head_dim} must be positive.")
         mesh = jax.sharding.get_abstract_mesh()
@@ -56,7 +58,7 @@ class DenseTable(nnx.Module):
         self.rows_rd = nnx.Param(rows_RD, out_sharding=(axes, None)) if axes else nnx.Param(rows_RD)
 
     def __call__(self, ids_BTH: jax.Array) -> jax.Array:
-        """Rows float32 [B, T, H, D] of logical ids int32 [B, T, H], sharded as they are. An id beyond R reads NaN."""
+        """Rows float32 [B, T, H, D] of logical ids int32 [B, T, H], sharded like the ids. Ids from R on read NaN."""
         mesh = jax.typeof(ids_BTH).sharding.mesh
         sharding = None
         if not mesh.empty and mesh.are_all_axes_explicit:

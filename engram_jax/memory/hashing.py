@@ -1,12 +1,13 @@
 """N-gram hashing: which rows of a layer's table a token reads (paper 2.2), exact to 64 bits on host and device.
 
-A token's suffix n-gram of order n is mixed into one number, shared by the order's K heads; head k takes its remainder
-by a prime of its own, and the heads' tables lie one after the other in one flat table per layer:
+The last n tokens up to a position (its n-gram of order n) are mixed into one number, which the K heads of the order
+share. Head k takes the remainder of this number by its own prime. The tables of the heads stand one after the other in
+one flat table per layer:
 
     mix_n = (x_t * m_0) xor (x_{t-1} * m_1) xor ... xor (x_{t-n+1} * m_{n-1}),   row = offset_{n,k} + mix_n mod p_{n,k}
 
-Ids lie below V' and multipliers below 2^63 / V', so no product overflows and int64 is exact. OverEncoding reads the
-n-gram as a number to base V instead: mix_n = x_t + x_{t-1} V + ... + x_{t-n+1} V^{n-1}, exact as long as V^N < 2^63.
+Ids are below V' and multipliers below 2^63 / V', so no product overflows and int64 is exact. OverEncoding reads the
+n-gram as a number to base V instead: mix_n = x_t + x_{t-1} V + ... + x_{t-n+1} V^{n-1}, which is exact for V^N < 2^63.
 
 Shapes: T tokens of a row (the last dim), ... any batch shape, N largest order, K heads per order,
 H = (N - 1) K rows per token (order-major, then head), V raw and V' canonical ids.
@@ -31,8 +32,8 @@ from engram_jax.registries import HASHES, READERS
 
 INT64_MAX = 2**63 - 1
 INT31_MAX = 2**31 - 1
-"""Bound of the mix without `wide_hash`: MaxText's, whose multipliers are 21,649 at most at V' = 99,187. The mix is all
-that an order's heads share, so n-grams of equal mix share every head (tests/memory/test_hashing.py counts them)."""
+"""Bound of the mix without `wide_hash`, as in MaxText: its multipliers are at most 21,649 at V' = 99,187. N-grams with
+equal mixes share their rows in every head (tests/memory/test_hashing.py counts them)."""
 SEED_STEP = 10_007
 """Distance between the seeds of two layers, in both published draws."""
 
@@ -57,7 +58,7 @@ def splitmix64_draw(seed: int, bound: int, count: int) -> list[int]:
 
 
 def odd_multipliers(draw: Callable[[int, int, int], list[int]]) -> Callable[[int, int, int, int], tuple[int, ...]]:
-    """2 r + 1 of drawn numbers, all below `largest_mix` / V'."""
+    """Multipliers 2 r + 1 of drawn numbers r, all below `largest_mix` / V'."""
 
     def multipliers(seed: int, largest_mix: int, vocab_size: int, count: int) -> tuple[int, ...]:
         return tuple(2 * r + 1 for r in draw(seed, max(1, largest_mix // vocab_size // 2), count))
@@ -66,31 +67,32 @@ def odd_multipliers(draw: Callable[[int, int, int], list[int]]) -> Callable[[int
 
 
 def powers(seed: int, largest_mix: int, vocab_size: int, count: int) -> tuple[int, ...]:
-    """1, V, V^2, ...: nothing is drawn."""
+    """Multipliers 1, V, V^2, ..., without a draw."""
     return tuple(vocab_size**i for i in range(count))
 
 
 @dataclass(frozen=True)
 class HashVariant:
-    """What differs between the published hashes. The search for primes is common to all.
+    """A hash of n-grams: the choices in which published hashes differ. All of them search for primes in the same way.
 
-    OverEncoding (Huang et al. 2025, arXiv 2501.16975) has slices for heads, whose table sizes are distinct numbers near
-    m (m + 2i + 1 for slice i in LongCat's port); here they are primes, as every table's, which share no factor with V.
+    OverEncoding (Huang et al. 2025, arXiv 2501.16975) calls its heads slices. Their sizes are distinct numbers near m
+    (m + 2i + 1 for slice i in LongCat's port). Here they are primes like those of all heads, which share no factor
+    with V.
     """
 
     compresses_ids: bool
-    """Canonical ids are hashed (`TokenMap.from_tokenizer`); otherwise raw ones (`TokenMap.identity`)."""
+    """True: canonical ids are hashed (`TokenMap.from_tokenizer`). False: raw ids (`TokenMap.identity`)."""
     multipliers: Callable[[int, int, int, int], tuple[int, ...]]
     """(seed, largest mix, V', N) -> m_0 ... m_{N-1}."""
     seeds_by_position: bool
-    """A layer's seed counts its place in engram_layer_ids, not its block number."""
+    """True: a layer's seed depends on its index in engram_layer_ids. False: on its block number."""
     resets_at_pad: bool
-    """The pad token also ends a window: nothing older than a pad token is seen. The pad is Qwen's EOS, so that whether
-    the next token sees the EOS itself or the padding in its place is one and the same."""
+    """True: a window ends at a pad token, so that older tokens are hidden. Qwen's pad is its EOS, so the next token has
+    the same n-grams whether the EOS or padding stands before it."""
     combine: Callable[[Any, Any], Any] = operator.xor
-    """How a position enters the mix of the newer ones."""
+    """Combines the mix of newer positions with the next older position."""
     pads_with_zero: bool = False
-    """0 stands where a window reaches past its start, whatever engram_pad_token_id is."""
+    """True: positions before the start of a window have id 0 instead of engram_pad_token_id."""
 
 
 DEEPSEEK = HashVariant(
@@ -115,7 +117,7 @@ def hash_of(reader: str) -> HashVariant:
 
 
 def compresses_ids(config: EngramConfig) -> bool:
-    """Whether a model hashes canonical ids, and so needs its tokenizer's map (`TokenMap.from_tokenizer`)."""
+    """Whether a model hashes canonical ids and therefore needs its tokenizer's map (`TokenMap.from_tokenizer`)."""
     return hash_of(config.engram_variant).compresses_ids and "compression" not in config.engram_without
 
 
@@ -124,17 +126,18 @@ def compresses_ids(config: EngramConfig) -> bool:
 
 @dataclass(frozen=True)
 class HashConstants:
-    """All numbers that fix where an n-gram's rows lie; Python ints, hashable, stored in checkpoints.
+    """The numbers that determine the rows of every n-gram: Python ints, hashable, stored in checkpoints.
 
-    Raises `ConfigError` when built from numbers whose products or rows would overflow.
+    Raises:
+      ConfigError: products would overflow 64 bits, or row ids 32 bits.
     """
 
     variant: str
     token_map_sha256: str
     vocab_size: int
-    """Ids that are hashed, V': canonical, or raw for qwen_ple."""
+    """Number of ids that are hashed, V': canonical ids, or raw ids for a hash without compression."""
     pad_id: int
-    """The (canonical) id where a window reaches past its start."""
+    """The (canonical) id of positions before the start of a window."""
     layer_ids: tuple[int, ...]
     multipliers: tuple[tuple[int, ...], ...]
     """[layer][N]"""
@@ -148,7 +151,7 @@ class HashConstants:
             require(
                 all(0 < m <= INT64_MAX // self.vocab_size for m in multipliers),
                 f"multipliers={multipliers} of layer {layer_id} overflow 64 bits with {self.vocab_size} ids: "
-                "they were made for a smaller vocabulary (over_encoding: lower engram_max_ngram_size).",
+                "they were made for a smaller vocabulary, or engram_max_ngram_size is too large.",
             )
             require(
                 self.num_rows(layer_id) < 2**31,
@@ -169,12 +172,12 @@ class HashConstants:
         return tuple(itertools.accumulate(self.head_rows(layer_id), initial=0))[:-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The constants as a dict that JSON can hold."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> HashConstants:
-        """Rebuilds `to_dict`'s output, also after a trip through JSON; other fields raise `ConfigError`."""
+        """Rebuilds `to_dict`'s output, also from JSON. Raises `ConfigError` if fields are missing or unknown."""
         names = {field.name for field in fields(cls)}
         require(set(values) == names, f"Hash constants need {sorted(names)}, got {sorted(values)}.")
 
@@ -185,11 +188,11 @@ class HashConstants:
 
 
 def hash_constants(config: EngramConfig, token_map: TokenMap) -> HashConstants:
-    """Derives multipliers and primes as the config's variant publishes them.
+    """Multipliers and primes of a config, by the published procedure of its hash.
 
     Raises:
-      ConfigError: a pad id outside the vocabulary, a compressed map for a config that hashes raw ids, or too many
-        rows for int32 row ids.
+      ConfigError: the pad id lies outside the vocabulary, the map compresses ids and the config hashes raw ids, or
+        there are too many rows for int32 row ids.
     """
     variant = hash_of(config.engram_variant)
     require(
@@ -227,7 +230,7 @@ def hash_constants(config: EngramConfig, token_map: TokenMap) -> HashConstants:
 
 
 def differences(ours: HashConstants, theirs: HashConstants) -> list[str]:
-    """The constants in which two models differ, one line each: `pad_id: 2 here, 0 there`. Empty: rows agree."""
+    """The constants in which two models differ, one line each: `pad_id: 2 here, 0 there`. Empty: their rows agree."""
 
     def leaves(c: HashConstants) -> dict[str, Any]:
         by_layer = {
@@ -243,10 +246,10 @@ def differences(ours: HashConstants, theirs: HashConstants) -> list[str]:
 
 
 def unused_primes(start: int, used: set[int]) -> Iterator[int]:
-    """Ascending primes from `start` on that are not in `used`; each one yielded is added to it.
+    """Ascending primes from `start` on that are not in `used`, each added to `used`.
 
-    Restarted at every (layer, order) with one shared set, this is DeepSeek's search; with one base for all orders it
-    counts on where the last head stopped, which is Qwen's n-th prime after base - 1.
+    Restarted for every (layer, order) with one shared set, this is DeepSeek's search. With one base for all orders, the
+    search goes on where the last head stopped, which gives Qwen's n-th prime after base - 1.
     """
     for candidate in itertools.count(start):
         if candidate not in used and is_prime(candidate):
@@ -273,11 +276,17 @@ def is_prime(n: int) -> bool:
 
 
 def canonicalize(token_map: TokenMap, token_ids: jax.Array) -> jax.Array:
-    """`compression.canonicalize_numpy` on device: canonical ids int32 [...] of raw ids [...], sharded as they are."""
+    """Canonical ids int32 [...] of raw token ids, on device: tokens of equal normalized text share an id (appendix C).
+
+    Args:
+      token_map: from `TokenMap.from_tokenizer`.
+      token_ids: any shape and integer dtype; the result is sharded as they are. Negative ids (blocked) stay negative,
+        and ids from V on become -1. `compression.canonicalize_numpy` is the same in NumPy.
+    """
     raw = jnp.asarray(token_ids).astype(jnp.int32)
     inside = (raw >= 0) & (raw < token_map.vocab_size)
     table_V = jnp.asarray(token_map.canonical_ids)
-    # Outside an explicit mesh out_sharding says nothing; inside, a gather by sharded ids would be an error without it.
+    # Within an explicit mesh, a gather by sharded ids needs out_sharding; elsewhere it has no effect.
     mapped = table_V.at[jnp.where(inside, raw, 0)].get(out_sharding=jax.typeof(raw).sharding)
     return jnp.where(inside, mapped, jnp.minimum(raw, -1))
 
@@ -290,10 +299,10 @@ def ngram_row_ids_numpy(
     *,
     with_offsets: bool = True,
 ) -> np.ndarray:
-    """Rows of a layer's table that every token reads.
+    """Rows of a layer's table that every token reads, in NumPy.
 
-    A window stops, and older positions become the pad, at the start of the row, where the segment id changes, and at a
-    blocked token (an id outside 0..V'-1), which hides itself too; qwen_ple windows also stop at every EOS.
+    A window ends at the start of the row, where the segment id changes, and at a blocked token (an id outside
+    0..V'-1), which is hidden too; qwen_ple windows also end at every EOS. Older positions count as the pad.
 
     Args:
       constants: from `hash_constants`.
@@ -317,10 +326,20 @@ def ngram_row_ids(
     *,
     with_offsets: bool = True,
 ) -> jax.Array:
-    """`ngram_row_ids_numpy` on device, bit-equal and with `jax_enable_x64` off; batch dims keep their sharding."""
-    # int64 under a local switch, not two uint32 limbs: on jax 0.10.2 and 0.12.0 it stayed exact and let nothing of
-    # 64 bits out under jit, vmap of jit, scan, remat, grad, cond, shard_map, explicit meshes and re-evaluated jaxprs,
-    # and it takes primes up to 2^31, where limbs need p < 2^25 for a short reduction.
+    """Rows of a layer's table that every token reads, on device: int32 [..., T, H] (arXiv 2601.07372, section 2.2).
+
+    Bit-equal to `ngram_row_ids_numpy`, also with `jax_enable_x64` off. Batch dims keep their sharding.
+
+    Args:
+      constants: from `hash_constants`.
+      layer_id: one of `constants.layer_ids`.
+      token_ids: canonical ids [..., T] (`canonicalize`), any integer dtype.
+      segment_ids: [..., T], the document of each token; windows stop between documents. None: the row is one document.
+      with_offsets: False gives remainders, in 0..p-1 of each head, instead of rows of the flat table.
+    """
+    # int64 under a local switch instead of two uint32 limbs. On jax 0.10.2 and 0.12.0 it stays exact and no 64-bit
+    # array leaves it under jit, vmap of jit, scan, remat, grad, cond, shard_map, explicit meshes and re-evaluated
+    # jaxprs. It allows primes up to 2^31; limbs would need p < 2^25 for a short reduction.
     with jax.enable_x64(True):
         segments = None if segment_ids is None else jnp.asarray(segment_ids)
         return _row_ids(jnp, constants, layer_id, jnp.asarray(token_ids), segments, with_offsets)

@@ -1,6 +1,6 @@
-"""A plan of row reads: which rows a batch needs, who asks for them and who owns them. Integers only.
+"""The plan of row reads: which rows a batch needs, which devices ask for them and which own them. Integers only.
 
-Made by routing.py; everything here is what a plan says of itself.
+routing.py makes plans; this file holds their types and the checks of a finished plan.
 
 Legend: B batch, T seq, H rows per token; S shards (devices); N lookups of one device; C places per owner in a request
 block, K = S * C; U rows an owner's list holds (unused ones at the end).
@@ -18,7 +18,7 @@ import numpy as np
 
 
 class Capacity(NamedTuple):
-    """Places of the static shapes: C per pair of devices, U per owner."""
+    """Sizes of the static shapes: C places per pair of devices, U places per owner."""
 
     pair: int
     owner: int
@@ -27,35 +27,37 @@ class Capacity(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RowPlan:
-    """Which rows a batch reads in one Engram layer. A pure function of its tokens; int32 throughout.
+    """The rows that a batch reads in one Engram layer: int32 arrays, a pure function of the batch's tokens.
 
-    In global view every array but `ids_BTH` and the counts is device-major: [S * size], each device its own part.
+    Globally, every array except `ids_BTH` and the counts is [S * size], one part per device.
     """
 
     ids_BTH: jax.Array
     """Logical rows of the layer's table."""
     slot_N: jax.Array
-    """For each lookup its place among the requests (K), or among the owner's rows where nothing is exchanged."""
+    """Each lookup's place among the requests (K); on one device, among the owner's rows."""
     order_N: jax.Array
     """The lookups in ascending order of their slots."""
     owned_U: jax.Array
-    """The distinct local rows this owner must read, ascending; unused places lie beyond the shard."""
+    """The distinct local rows that this owner must read, ascending; ids in unused places are R and above."""
     routes: Routes | None
-    """None on one device."""
+    """How requests and rows cross the mesh. None on one device."""
     need: Capacity
-    """The largest block and list that any device has use for: two scalars."""
+    """The largest block and the largest list that any device needs: two scalars."""
     faults: jax.Array
-    """[2]: the first lookup whose id is no row of its head (flat index in B, T, H; -1: none), and how many requests
-    arrived damaged."""
+    """[2]: the first lookup whose id lies outside its head (flat index in B, T, H; -1: none), and the number of damaged
+    requests."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routes:
+    """Routes of a plan between the devices that ask and the devices that own."""
+
     place_K: jax.Array
-    """At the owner: for each arrived request its row in `owned_U`; U where nothing arrived."""
+    """At the owner: the index in `owned_U` of each arrived request; U where nothing arrived."""
     order_K: jax.Array
-    """The arrived requests in ascending order of their rows, askers in their order within a row."""
+    """At the owner: the arrived requests in ascending order of their rows; within a row, in the order of the askers."""
     asked_S: jax.Array
     """Requests this device sends to each owner."""
     arrived_S: jax.Array
@@ -63,7 +65,7 @@ class Routes:
 
 
 def capacity(plan: RowPlan) -> Capacity:
-    """The places a plan was made with."""
+    """The capacity that a plan was made with."""
     if plan.routes is None:
         return Capacity(0, len(plan.owned_U))
     shards = jax.typeof(plan.routes.place_K).sharding.mesh.size
@@ -71,12 +73,12 @@ def capacity(plan: RowPlan) -> Capacity:
 
 
 def requests(plan: RowPlan) -> jax.Array:
-    """Distinct rows that the devices ask for, all askers together: int32 scalar."""
+    """Number of distinct rows that each device asks for, summed over devices: int32 scalar."""
     return plan.need.owner if plan.routes is None else jnp.sum(plan.routes.asked_S)  # type: ignore[return-value]
 
 
 def overflow(plan: RowPlan) -> jax.Array:
-    """Places by which the fullest block or list exceeds its capacity: int32 scalar, 0 for a plan that may be used."""
+    """Places by which the fullest block or list exceeds its capacity: int32 scalar, 0 for a usable plan."""
     if plan.routes is None:
         return jnp.zeros((), jnp.int32)
     given = capacity(plan)
@@ -84,7 +86,7 @@ def overflow(plan: RowPlan) -> jax.Array:
 
 
 def fits(plan: Mapping[str, RowPlan]) -> bool:
-    """Whether nothing overflowed. Waits for the plan."""
+    """Whether every block and list fits its capacity. Waits for the plan."""
     needs = jax.device_get({layer: p.need for layer, p in plan.items()})
     return all(
         p.routes is None or all(n <= c for n, c in zip(needs[la], capacity(p), strict=True)) for la, p in plan.items()
@@ -92,13 +94,16 @@ def fits(plan: Mapping[str, RowPlan]) -> bool:
 
 
 class RowIdError(ValueError):
-    """A lookup that names no row, or a request that was damaged on its way."""
+    """A lookup with an id outside its head, or a request that was damaged on its way."""
 
 
 def check(plan: Mapping[str, RowPlan]) -> None:
-    """Raises `RowIdError` naming layer, head and position of the first id that is no row. Waits for the plan.
+    """Checks all ids of a plan. Waits for the plan.
 
-    Every process sees the same verdict, so all of them raise and none waits for another.
+    Every process gets the same result: all of them raise, and none waits for another.
+
+    Raises:
+      RowIdError: an id lies outside its head (names layer, head and position), or a request was damaged.
     """
     for layer, p in plan.items():
         first, damaged = (int(x) for x in jax.device_get(p.faults))

@@ -1,7 +1,8 @@
-"""Rows in FP8 with one power-of-two scale per 32 values, as DeepSeek-V4.1 ships its tables: 264 bytes for 256 values.
+"""Rows in FP8 with one power-of-two scale per 32 values, the format of DeepSeek-V4.1's tables.
 
-Codes are float8 e4m3fn (largest 448, no infinities); a scale is an e8m0 byte b and stands for 2^(b - 127), 255 for NaN.
-The blocks are 1 x 32 along a row (dense matrices of the same checkpoints have 32 x 32 ones).
+Codes are float8 e4m3fn (largest 448, no infinities). A scale is an e8m0 byte b: it means 2^(b - 127), and 255 means
+NaN. A block is 1 x 32 values along a row (the dense matrices of the same checkpoints have blocks of 32 x 32), so
+256 values take 264 bytes.
 
 Legend: R rows, D row width, a multiple of 32; K = D / 32 blocks of a row.
 """
@@ -25,7 +26,11 @@ UNIT = 127
 
 
 def num_blocks(head_dim: int) -> int:
-    """Scales of a row of `head_dim` values. Raises ConfigError if they do not divide into blocks."""
+    """Number of scales of a row of `head_dim` values.
+
+    Raises:
+      ConfigError: `head_dim` is not a multiple of 32.
+    """
     require(
         head_dim > 0 and head_dim % BLOCK == 0,
         f"engram_head_dim={head_dim} is not a multiple of {BLOCK}: FP8 rows have one scale per {BLOCK} values. "
@@ -38,9 +43,9 @@ def quantize(rows_RD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows -> codes e4m3fn [R, D] and scales uint8 [R, K].
 
     A block's scale is the smallest power of two with amax <= 448 * scale, but at least 2^-126, float32's smallest
-    normal number. A value x then comes back within max(2^-4 |x|, 2^-10 scale), where 2^-10 scale < 2^-17 amax.
-    NaN and infinities become NaN, by themselves: amax is that of the finite values. Of these, the ones beyond
-    1.9375 * 2^127 have the nearest code 2^128 and read as infinite; subnormal ones may read as zero.
+    normal number. The error of a value x is then at most max(2^-4 |x|, 2^-10 scale), where 2^-10 scale < 2^-17 amax.
+    NaN and infinities become NaN and do not change the block's scale: amax is the largest finite value. Finite values
+    beyond 1.9375 * 2^127 are rounded to 2^128 and read as infinite; subnormal values may read as zero.
     """
     blocks_RKB = rows_RD.astype(jnp.float32).reshape(-1, num_blocks(rows_RD.shape[1]), BLOCK)
     finite_RKB = jnp.isfinite(blocks_RKB)
@@ -50,7 +55,7 @@ def quantize(rows_RD: jax.Array) -> tuple[jax.Array, jax.Array]:
     exponent_RK, mantissa_RK = bits_RK >> 23, bits_RK & 0x7FFFFF
     scales_RK = jnp.maximum(exponent_RK - 8 + (mantissa_RK > 0x600000), 1)
     inverse_RK = _power_of_two(2 * UNIT - scales_RK)
-    # What a conversion makes of infinity is the backend's choice: NaN, or the largest code.
+    # Backends convert infinity differently: to NaN, or to the largest code.
     codes_RKB = jnp.where(finite_RKB, blocks_RKB * inverse_RK[..., None], jnp.nan).astype(CODE)
     return codes_RKB.reshape(rows_RD.shape), scales_RK.astype(jnp.uint8)
 
@@ -58,7 +63,7 @@ def quantize(rows_RD: jax.Array) -> tuple[jax.Array, jax.Array]:
 def dequantize(codes_RD: jax.Array, scales_RK: jax.Array) -> jax.Array:
     """float32 [R, D]. A block whose scale is 255 is NaN throughout."""
     bytes_RK = scales_RK.astype(jnp.int32)
-    # 2^(b - 127) in two factors: byte 0 is no normal float32, though most values it scales are.
+    # 2^(b - 127) in two factors: for byte 0 it is not a normal float32, though most scaled values are normal.
     half_RK = bytes_RK >> 1
     low_RK = _power_of_two(half_RK + 64)
     high_RK = jnp.where(scales_RK == 255, jnp.nan, _power_of_two(bytes_RK - half_RK + 63))
@@ -72,7 +77,7 @@ def _power_of_two(biased: jax.Array) -> jax.Array:
 
 
 def pack(codes_RD: jax.Array, scales_RK: jax.Array) -> jax.Array:
-    """One run of bytes per row, the codes and then the scales: uint8 [R, D + D/32]."""
+    """Rows as bytes, each row's codes and then its scales: uint8 [R, D + D/32]."""
     return jnp.concatenate([jax.lax.bitcast_convert_type(codes_RD, jnp.uint8), scales_RK], axis=1)
 
 
@@ -89,10 +94,10 @@ def unpack(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @dataclass(frozen=True)
 class FrozenFP8(RowOptimizer):
-    """The rule of rows that are only read: a table's rows are codes, its slot `scale` holds the scale bytes.
+    """The rule for FP8 rows, which are only read: the table's rows are codes, and the slot `scale` holds their scales.
 
-    A quantised table is so an ordinary TableState, whatever its placement. No choice of `table_optimizer`: FP8 rows
-    cannot be trained.
+    So a quantised table is an ordinary `TableState` and works with every placement. FP8 rows cannot be trained, so
+    `optimizer.table_optimizer` does not offer this rule.
     """
 
     moves_rows = False
@@ -102,7 +107,7 @@ class FrozenFP8(RowOptimizer):
         raise ConfigError(_FROZEN)
 
     def init(self, rows_RD: jax.Array) -> Slots:
-        """Scale 1 for every block."""
+        """Scales of 1: the bytes are 127."""
         return {"scale": jnp.full_like(rows_RD[:, : num_blocks(rows_RD.shape[1])], UNIT, jnp.uint8)}
 
     def read(self, rows_UD: jax.Array, slots: Slots, step: jax.Array) -> tuple[jax.Array, Slots]:

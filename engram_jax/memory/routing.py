@@ -1,16 +1,17 @@
-"""From the lookups of a batch to the owners of their rows, and back with rows or gradients.
+"""Routing: plans which device reads which rows for a batch, and moves rows and gradients between devices.
 
     plan (integers only)        lookups -> distinct requests per owner =exchange=> distinct rows each owner must read
     send (owner -> asker)       rows_UD -> one block per asker         =exchange=> one row per lookup
     collect (asker -> owner)    one gradient per lookup, summed per request =exchange=> one sum per owned row
 
-Every device asks for a row once however often its n-grams repeat (they are Zipfian), and every owner reads, catches up
-and updates a row once however many devices ask. Sums are taken in the order of stable sorts: the same bits each time.
-All shapes are static: a request block holds C places per owner and an owner's list U rows. What does not fit is never
-dropped in silence: `RowPlan.need` says what would have fitted, and a plan that overflowed must not be used
-(`training/planner.py` makes it again, larger).
+Every device asks for a row once, although its n-grams repeat (they are Zipfian). Every owner reads and updates a row
+once, although many devices ask for it. Sums follow the order of stable sorts, so they have the same bits each time.
 
-Outside a mesh, and on one device, there is nothing to exchange: the requests are the owner's list.
+All shapes are static: a request block has C places per owner, and an owner's list has U places. `RowPlan.need` tells
+the sizes that a batch needs. A plan that needs more than it has must not be used: `training/planner.py` makes it again
+with larger sizes.
+
+Outside a mesh, and on one device, nothing is exchanged: the requests are the owner's list.
 
 Legend: B batch, T seq, H rows per token; S shards (devices); N lookups of one device; C places per owner in a request
 block, K = S * C; U rows an owner's list holds (unused ones at the end); D row width.
@@ -36,13 +37,13 @@ from engram_jax.transports import TRANSPORTS, Axes
 
 
 def mesh_axes() -> Axes:
-    """All axes of the current mesh; empty outside one."""
+    """All axes of the current mesh; empty outside a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return () if mesh.empty else mesh.axis_names
 
 
 def check_mesh(name: str, layout: TableLayout) -> None:
-    """Raises `ConfigError` unless the table of layer `name` is cut for the current mesh."""
+    """Raises `ConfigError` unless the table of layer `name` has one shard per device of the current mesh."""
     devices = 1 if not mesh_axes() else jax.sharding.get_abstract_mesh().size
     found = f"the mesh has {devices} devices" if mesh_axes() else "there is no mesh"
     require(
@@ -53,14 +54,14 @@ def check_mesh(name: str, layout: TableLayout) -> None:
 
 
 def on_shards(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-    """`function` on each device's part; as it is outside a mesh."""
+    """`function` applied by each device to its part; outside a mesh, `function` itself."""
     if not mesh_axes():
         return function
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def safe_capacity(layout: TableLayout, lookups: int) -> Capacity:
-    """Room for any batch of `lookups` per device: every pair's block as large as if all asked one owner."""
+    """Capacity for any batch of `lookups` per device, also if all lookups of a device ask one owner."""
     pair = min(lookups, layout.rows_per_shard)
     return Capacity(pair, min(layout.shards * pair, layout.rows_per_shard) if layout.shards > 1 else lookups)
 
@@ -71,11 +72,16 @@ def plan_rows(
     capacities: Mapping[str, Capacity] | None = None,
     transport: str = "all_to_all",
 ) -> dict[str, RowPlan]:
-    """Plans of several tables, their requests in one exchange.
+    """Plans of several tables; one exchange carries the requests of all.
 
-    ids: int32 [B, T, H] per table. Every device plans for its own tokens (`sharding.lookups`). Without `capacities`
-    nothing can overflow, at the cost of blocks as large as the batch. Raises `ConfigError` if the mesh or batch does
-    not fit.
+    Args:
+      ids: logical row ids, int32 [B, T, H] per table. Every device plans for its own tokens (`sharding.lookups`).
+      layouts: the tables' shards.
+      capacities: sizes of blocks and lists per table. None: blocks as large as the batch, which cannot overflow.
+      transport: a name in transports.py.
+
+    Raises:
+      ConfigError: the tables are cut for another mesh, or the batch does not divide over the devices.
     """
     if not ids:
         return {}
@@ -105,7 +111,7 @@ def plan_rows(
 
 
 def _size(dims: Any) -> int:
-    """Devices over which a dim is cut whose spec names these axes."""
+    """Number of devices over which a dim with these axes in its spec is cut."""
     shape = jax.sharding.get_abstract_mesh().shape
     return math.prod(shape[axis] for axis in ((dims,) if isinstance(dims, str) else dims or ()))
 
@@ -128,10 +134,10 @@ class _Asked(NamedTuple):
 
 
 def _ask(ids_BTH: jax.Array, layout: TableLayout, capacity: int, axes: Axes) -> _Asked:
-    """This device's distinct requests, by owner and local row."""
+    """This device's distinct requests, ordered by owner and local row."""
     shards, rows = layout.shards, layout.rows_per_shard
     owner_N, local_N, first_fault = _locate(ids_BTH, layout, axes)
-    nowhere = shards * rows  # ids that are no rows sort behind all others and are asked of nobody
+    nowhere = shards * rows  # ids outside the table sort behind all others, and no device is asked for them
     key_N = jnp.where(owner_N < shards, owner_N * rows + local_N, nowhere)
     sorted_N, order_N = stable_sort(key_N)
     rank_N = _ranks(sorted_N)
@@ -152,7 +158,7 @@ def _ask(ids_BTH: jax.Array, layout: TableLayout, capacity: int, axes: Axes) -> 
 def _own(
     asked: _Asked, arrived_K: jax.Array, sizes: tuple, layout: TableLayout, capacity: Capacity, axes: Axes
 ) -> RowPlan:
-    """The owner's list: the distinct rows among all that arrived."""
+    """The owner's list: the distinct rows among the requests that arrived."""
     rows, (sizes_S, arrived_S) = layout.rows_per_shard, sizes
     place_in_part_K = jnp.arange(len(arrived_K), dtype=jnp.int32) % capacity.pair
     filled_K = place_in_part_K < jnp.repeat(arrived_S, capacity.pair, total_repeat_length=len(arrived_K))
@@ -172,11 +178,11 @@ def _own(
 
 
 def _plan_alone(ids_BTH: jax.Array, layout: TableLayout, axes: Axes) -> RowPlan:
-    """One device: each lookup's row among the distinct ones. Nothing can overflow."""
+    """The plan of one device: each lookup's index among the distinct rows. It cannot overflow."""
     _, local_N, first_fault = _locate(ids_BTH, layout, axes)
     rows, count = layout.rows_per_shard, local_N.size
     sorted_N, order_N = stable_sort(local_N)
-    rank_N = jnp.where(sorted_N < rows, _ranks(sorted_N), count)  # ids that are no rows have no place
+    rank_N = jnp.where(sorted_N < rows, _ranks(sorted_N), count)  # ids outside the table have no place
     beyond_U = rows + jnp.arange(count, dtype=jnp.int32)
     owned_U = beyond_U.at[rank_N].set(sorted_N, mode="drop", indices_are_sorted=True)
     slot_N = jnp.zeros_like(rank_N).at[order_N].set(rank_N, unique_indices=True)
@@ -186,7 +192,7 @@ def _plan_alone(ids_BTH: jax.Array, layout: TableLayout, axes: Axes) -> RowPlan:
 
 
 def _locate(ids_BTH: jax.Array, layout: TableLayout, axes: Axes) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Owner and local row of each lookup [N], and the first lookup of the whole batch that is no row of its head."""
+    """Owner and local row of each lookup [N], and the first lookup of the whole batch with an id outside its head."""
     first_H = jnp.asarray(layout.offsets, jnp.int32)[None, None]
     sizes_H = jnp.asarray(layout.head_rows, jnp.int32)[None, None]
     wrong_N = ((ids_BTH < first_H) | (ids_BTH >= first_H + sizes_H)).reshape(-1)
@@ -201,7 +207,7 @@ def _locate(ids_BTH: jax.Array, layout: TableLayout, axes: Axes) -> tuple[jax.Ar
 
 
 def _flat_index(here: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """An index into this device's ids [B, T, H], counted through the whole batch's."""
+    """Index in the whole batch's ids of an index into this device's ids [B, T, H]."""
     (B, T, H), (batch_axes, seq_axes, _) = shape, lookups(3)
     sequence, rest = jax.lax.axis_index(batch_axes).astype(jnp.int32) * B + here // (T * H), here % (T * H)
     start = jax.lax.axis_index(seq_axes).astype(jnp.int32) * T if seq_axes else 0
@@ -209,9 +215,9 @@ def _flat_index(here: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def stable_sort(ids_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Ids (not negative) in ascending order, and where each one stood: int32 [N] both.
+    """Ids in ascending order, and the index that each id had: int32 [N] both. Ids must be 0 or positive.
 
-    Id and place are sorted as one 64-bit number: 2.3 ms for 65,536 on CPU, where `lax.sort` of the pair takes 11.
+    Sorts id and index as one 64-bit number: 2.3 ms for 65,536 ids on CPU, where `lax.sort` of the pair takes 11 ms.
     """
     with jax.enable_x64(True):
         keys_N = (ids_N.astype(jnp.int64) << 32) | jnp.arange(ids_N.size, dtype=jnp.int64)
@@ -220,7 +226,7 @@ def stable_sort(ids_N: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _ranks(sorted_N: jax.Array) -> jax.Array:
-    """0, 1, ... counting distinct values of a sorted array."""
+    """Rank of each value among the distinct values of a sorted array: 0, 1, ..."""
     starts_N = jnp.concatenate([jnp.ones((1,), bool), sorted_N[1:] != sorted_N[:-1]])
     return jnp.cumsum(starts_N, dtype=jnp.int32) - 1
 
@@ -229,7 +235,7 @@ def _ranks(sorted_N: jax.Array) -> jax.Array:
 
 
 def send_rows(rows: Mapping[str, jax.Array], plan: Mapping[str, RowPlan], transport: str) -> dict[str, jax.Array]:
-    """Owners' rows [S * U, D] to the lookups that asked: [B, T, H, D] per table, zero where an id was no row."""
+    """Owners' rows [S * U, D] sent to the lookups: [B, T, H, D] per table, zero for ids outside the table."""
     axes = mesh_axes()
 
     def local(rows: dict[str, jax.Array], plan: dict[str, RowPlan]) -> dict[str, jax.Array]:
@@ -243,7 +249,7 @@ def send_rows(rows: Mapping[str, jax.Array], plan: Mapping[str, RowPlan], transp
 
 
 def collect_grads(grads: Mapping[str, jax.Array], plan: Mapping[str, RowPlan], transport: str) -> dict[str, jax.Array]:
-    """Gradients of lookups [B, T, H, D] to the owners, summed per row: [S * U, D] per table, zero in unused places."""
+    """Gradients of lookups [B, T, H, D] sent to the owners and summed per row: [S * U, D], zero in unused places."""
     axes = mesh_axes()
 
     def local(grads: dict[str, jax.Array], plan: dict[str, RowPlan]) -> dict[str, jax.Array]:
@@ -265,7 +271,7 @@ def collect_grads(grads: Mapping[str, jax.Array], plan: Mapping[str, RowPlan], t
 def _per_table(
     function: Callable, arrays: Mapping, plan: Mapping[str, RowPlan], axes: Axes, to_askers: bool
 ) -> dict[str, jax.Array]:
-    """`function(arrays, plan)` on each device's part."""
+    """`function(arrays, plan)` applied by each device to its part."""
     owners, askers = {name: jax.P(axes) for name in plan}, {name: lookups(4) for name in plan}
     given, returned = (owners, askers) if to_askers else (askers, owners)
     specs = {name: _specs(axes, alone=p.routes is None) for name, p in plan.items()}
@@ -278,14 +284,14 @@ def _take(rows_UD: jax.Array, place_N: jax.Array) -> jax.Array:
 
 
 def _segment_sum(values_ND: jax.Array, order_N: jax.Array, place_N: jax.Array, places: int) -> jax.Array:
-    """Sums of the values at each place, in the given order; places beyond the end are left out."""
+    """Sums of the values at each place, in the given order, without places beyond the end."""
     return jax.ops.segment_sum(values_ND[order_N], place_N[order_N], places, indices_are_sorted=True)
 
 
 def _exchange(
     blocks: Mapping[str, jax.Array], sizes: Mapping[str, tuple], transport: str, axes: Axes
 ) -> dict[str, jax.Array]:
-    """One block per table; tables of one width travel together where blocks have fixed places."""
+    """Exchanges one block per table; all_to_all carries tables of equal width together."""
     first = next(iter(blocks.values()))
     alike = all(b.shape[1:] == first.shape[1:] and b.dtype == first.dtype for b in blocks.values())
     if transport != "all_to_all" or len(blocks) == 1 or not alike:

@@ -1,9 +1,9 @@
 """A layer's table: which device owns which logical row, the arrays of its state, and their first values.
 
-A table is H heads of prime size, one after the other; a *logical* row id counts through them and is what hashing yields
-and checkpoints hold. Over S shards every head is cut into S contiguous pieces, so each owner has 1/S of every head and
-the load is even whatever the orders' frequencies are. One shard holds its pieces one after the other, padded to equal
-size; where a row lies within its owner's shard is its *local* row.
+A table is H heads of prime size, one after the other. A *logical* row id counts through them; hashing returns logical
+ids, and checkpoints store rows in their order. Over S shards every head is cut into S contiguous pieces. So each shard
+owns 1/S of every head, and the load is even although some orders are looked up more often. A shard holds its pieces one
+after the other, padded to equal size. A *local* row id counts through a shard.
 
 Legend: S shards, H heads, R local rows of one shard, U any set of rows, D row width.
 """
@@ -19,14 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Slots = dict[str, jax.Array]  # what a row optimizer keeps per row: name -> [rows, ...]
+Slots = dict[str, jax.Array]
+"""Arrays that a row optimizer keeps for each row: name -> [rows, ...]."""
 
 ROW_MULTIPLE = 8
 """Local rows of a shard are padded to a multiple of this (TPU tiles have 8 sublanes)."""
 
 
 class Run(NamedTuple):
-    """Consecutive logical rows that lie consecutively in a shard."""
+    """Consecutive logical rows that are consecutive local rows of one shard."""
 
     local: int
     logical: int
@@ -35,7 +36,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class TableLayout:
-    """Where each logical row of one table lies, over `shards` owners. Hashable and free of arrays."""
+    """The shard and local row of each logical row of one table. Hashable; holds no arrays."""
 
     head_rows: tuple[int, ...]
     shards: int = 1
@@ -67,7 +68,7 @@ class TableLayout:
         return rows if self.shards == 1 else -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def locate(self, ids_BTH: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Owner and local row of logical ids whose last dim is the head: int32, both of the ids' shape."""
+        """Shard and local row of logical ids whose last dim is the head: int32, both of the ids' shape."""
         shape = (1,) * (ids_BTH.ndim - 1) + (-1,)
         offsets, pieces, starts = (
             jnp.asarray(x, jnp.int32).reshape(shape) for x in (self.offsets, self.pieces, self.starts)
@@ -76,7 +77,7 @@ class TableLayout:
         return in_head // pieces, starts + in_head % pieces
 
     def logical(self, shard: jax.Array | int, local_U: jax.Array) -> jax.Array:
-        """Logical ids of a shard's local rows, int32 [U]; `num_rows` for padding and for rows outside the shard."""
+        """Logical ids of a shard's local rows, int32 [U]; `num_rows` for padding and for ids outside the shard."""
         head_U = jnp.searchsorted(jnp.asarray(self.starts, jnp.int32), local_U, side="right") - 1
         pieces, offsets, starts, sizes = (
             jnp.asarray(x, jnp.int32)[head_U] for x in (self.pieces, self.offsets, self.starts, self.head_rows)
@@ -86,7 +87,7 @@ class TableLayout:
         return jnp.where(exists_U, offsets + in_head_U, self.num_rows)
 
     def runs(self, shard: int) -> list[Run]:
-        """What a shard holds, in local order, padding left out."""
+        """The runs of logical rows of a shard, in local order, without padding."""
         runs = []
         for rows, piece, offset, start in zip(self.head_rows, self.pieces, self.offsets, self.starts, strict=True):
             first = shard * piece
@@ -95,11 +96,11 @@ class TableLayout:
         return runs
 
     def to_logical(self, array: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-        """[S * R, ...] as sharded -> [num_rows, ...] in logical order. For tests and small exports: it copies."""
+        """[S * R, ...] in the order of the shards -> [num_rows, ...] in logical order: a copy, for small tables."""
         return array[self.logical_order()]
 
     def logical_order(self) -> np.ndarray:
-        """For each logical row its place in the sharded array: int64 [num_rows]."""
+        """The index of each logical row in the sharded array: int64 [num_rows]."""
         order = np.empty(self.num_rows, np.int64)
         for shard in range(self.shards):
             for local, logical, length in self.runs(shard):
@@ -110,9 +111,11 @@ class TableLayout:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TableState:
-    """One layer's table, or some of its rows (then with U for S * R).
+    """One layer's table, [S * R, ...], or some of its rows, [U, ...].
 
-    rows: [S * R, head_dim]; slots: what the optimizer keeps for each row; uses: int32 [S * R], updates that touched it.
+    rows: [S * R, head_dim], in the table's dtype.
+    slots: the optimizer's arrays for each row, by name: [S * R, ...].
+    uses: int32 [S * R], the number of updates that touched each row.
     """
 
     rows: jax.Array
@@ -122,7 +125,7 @@ class TableState:
 
 @dataclass(frozen=True)
 class RowInit:
-    """First values of the rows: N(0, std), a function of (key, logical row) alone, whatever the mesh or placement."""
+    """First values of the rows: N(0, std), a function of (key, logical row) alone, on every mesh and placement."""
 
     head_dim: int
     std: float

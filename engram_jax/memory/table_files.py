@@ -1,12 +1,12 @@
-"""A table on disk: written in parts by the owners of its shards, read in parts by the owners of any other shards.
+"""A table on disk: each process writes its shards, and any other number of shards can read them. NumPy only.
 
 One folder holds one table. Shard 3 of 8 is one raw file per field (`00003-of-00008.rows.bin`: its local rows in order,
-C-contiguous, little-endian) and one index `00003-of-00008.json`, written last and renamed into place, with the layout,
-the fields and a CRC-32 of every chunk. A table is whole when the index of every shard is there. A reader translates
-local rows of its own layout into logical rows and these into local rows of the files' layout, so the bytes are moved
-and never computed with: what is read equals what was written, bit for bit. NumPy only.
+C-contiguous, little-endian) and one index, `00003-of-00008.json`, with the layout, the fields and a CRC-32 of every
+chunk. The index is written last and renamed into place: a table is whole when every shard has its index. A reader
+converts local rows of its own layout to logical rows, and those to local rows of the files. Bytes are copied and never
+computed with: a reader gets what was written, bit for bit.
 
-Padding rows are in the files (a shard is written as it lies in memory) but nobody reads them.
+The files contain padding rows, as shards do in memory; no reader uses them.
 
 Legend: S shards, R local rows of one shard (`TableLayout.rows_per_shard`), N rows of one call.
 """
@@ -39,21 +39,21 @@ from engram_jax.memory.table_index import (
 )
 
 CHUNK_BYTES = 32 * 2**20
-"""What one chunk should hold, all fields together: large enough to stream, small beside a host's memory."""
+"""Size of a chunk, all fields together: large enough to stream, small beside a host's memory."""
 SCRATCH_BYTES = 2**20
+"""Memory for computing the checksum of bytes that are not read into a result."""
 
 
 def rows_per_chunk(fields: Mapping[str, Field]) -> int:
-    """Local rows to give to one `ShardWriter.write`: CHUNK_BYTES of all fields together, one row at least."""
+    """Local rows for one `ShardWriter.write`: CHUNK_BYTES of all fields together, at least one row."""
     return max(1, CHUNK_BYTES // sum(field.row_bytes for field in fields.values()))
 
 
 class ShardWriter:
-    """Writes one shard of a table into `directory`, in chunks of local rows; a chunk is the unit of the checksums.
+    """Writes one shard of a table into `directory`, in chunks of local rows; every chunk has its own checksum.
 
-    A context manager: leaving it closes the shard, leaving it by an exception aborts it. Without `close` the shard does
-    not exist for a reader, whatever is on the disk. A shard already there is not overwritten (TableFileError): a folder
-    holds one table, so parts of an older one can't be taken for its own.
+    A context manager: leaving it closes the shard, and leaving it by an exception aborts the shard. Readers see a shard
+    only after `close`. Existing shards are not overwritten (TableFileError), so that a folder never mixes two tables.
     """
 
     def __init__(self, directory: str | Path, layout: TableLayout, shard: int, fields: Mapping[str, Field]) -> None:
@@ -69,25 +69,28 @@ class ShardWriter:
 
     @property
     def rows_written(self) -> int:
-        """Where the next chunk must start."""
+        """Local rows written so far: the next chunk starts here."""
         return sum(self._chunk_rows)
 
     def write(self, local_start: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """The next chunk: rows [local_start, local_start + N) of every field, each [N, *row_shape] of its own dtype.
+        """Writes the next chunk: rows [local_start, local_start + N) of every field, [N, *row_shape] in its dtype.
 
-        ValueError for what is not the next chunk of this shard; OSError, with the file's name, if the disk refuses
-        (the shard is then aborted).
+        Raises:
+          ValueError: the arrays are not the next chunk of this shard.
+          OSError: the disk refuses the write; names the file. The shard is then aborted.
         """
         wanted = {name: (field.row_shape, field.np_dtype) for name, field in self.fields.items()}
         given = {name: (array.shape[1:], array.dtype) for name, array in arrays.items()}
         counts = {len(array) for array in arrays.values()}
         if given != wanted or len(counts) != 1:
-            raise ValueError(f"A chunk is equally many rows of {wanted}, not {counts} of {given}.")
+            raise ValueError(
+                f"A chunk must have equally many rows of each field {wanted}; it has {counts} rows of {given}."
+            )
         (count,) = counts
         if local_start != self.rows_written or not 0 < count <= self.layout.rows_per_shard - local_start:
             raise ValueError(
-                f"Rows [{local_start}, {local_start + count}) of shard {self.shard} are not the next ones: chunks are "
-                f"written in order, this one from {self.rows_written} to {self.layout.rows_per_shard} at the most."
+                f"Rows [{local_start}, {local_start + count}) of shard {self.shard} are not the next rows: the next "
+                f"chunk must start at {self.rows_written} and end by {self.layout.rows_per_shard}."
             )
         with self._or_abort():
             for name, file in self._open.items():
@@ -98,7 +101,7 @@ class ShardWriter:
         self._chunk_rows.append(count)
 
     def close(self) -> None:
-        """Flushes the files to the disk, then puts the index beside them. ValueError if rows are missing."""
+        """Flushes the files to the disk, then writes the index. Raises ValueError if rows are missing."""
         with self._or_abort():
             if self.rows_written != self.layout.rows_per_shard:
                 raise ValueError(
@@ -114,7 +117,7 @@ class ShardWriter:
         self._open = {}
 
     def abort(self) -> None:
-        """Gives the shard up and deletes its files (a full disk gets its space back)."""
+        """Deletes the files of the unfinished shard, which gives a full disk its space back."""
         for file in self._open.values():
             file.close()
             Path(file.name).unlink(missing_ok=True)
@@ -141,10 +144,12 @@ class ShardWriter:
 
 
 class TableReader:
-    """Reads a whole table, in the parts of any layout of the same heads. Opening it reads the indexes only.
+    """Reads a whole table, for any layout of the same heads. Opening it reads only the indexes.
 
-    TableFileError if the folder holds no table, a part of one, parts of several, or files of the wrong size.
-    Holds no open files and no rows; a call needs the memory of its result and SCRATCH_BYTES.
+    It holds no open files and no rows; a call needs the memory of its result and SCRATCH_BYTES.
+
+    Raises:
+      TableFileError: the folder holds no table, an incomplete table, parts of several tables, or files of wrong sizes.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -164,10 +169,10 @@ class TableReader:
         return self.directory / file_name(self.layout, shard, f"{name}.bin")
 
     def check(self, layout: TableLayout, fields: Mapping[str, Field]) -> None:
-        """TableFileError unless the files hold these fields for a table of these heads, on whatever shards."""
+        """Raises TableFileError unless the files hold these fields for a table of these heads, on any shards."""
         self._check_heads(layout)
         problems = [f"no field {name!r}" for name in fields if name not in self.fields]
-        problems += [f"a field {name!r} nobody asked for" for name in self.fields if name not in fields]
+        problems += [f"an unexpected field {name!r}" for name in self.fields if name not in fields]
         problems += [
             f"{name!r} as {self.fields[name]} instead of {field}"
             for name, field in fields.items()
@@ -197,11 +202,15 @@ class TableReader:
     def read(
         self, layout: TableLayout, shard: int, local_start: int, count: int, names: Iterable[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """Local rows [local_start, local_start + count) of a shard of `layout`, whose heads are this table's.
+        """Local rows [local_start, local_start + count) of a shard of `layout`, which has the heads of this table.
 
-        Each field (all, or those in `names`) as [count, *row_shape] of its own dtype; padding rows are zero. A chunk's
-        checksum is verified when a reader first touches it. Ascending calls read every file from start to end.
-        TableFileError for damage, with the file, the chunk and its logical rows; OSError with the file's name.
+        Returns each field (all, or those in `names`) as [count, *row_shape] in its dtype; padding rows are zero. The
+        checksum of a chunk is verified when this reader first reads from it. Ascending calls read every file from
+        start to end.
+
+        Raises:
+          TableFileError: a chunk is damaged; names the file, the chunk and its logical rows.
+          OSError: a file cannot be read; names the file.
         """
         self._check_heads(layout)
         if not (0 <= shard < layout.shards and 0 <= local_start <= local_start + count <= layout.rows_per_shard):
@@ -221,7 +230,7 @@ class TableReader:
         return arrays
 
     def _fill(self, piece: _Piece, name: str, out: memoryview) -> None:
-        """Copies the piece's bytes of one field into `out`, verifying the chunks that are touched first."""
+        """Copies the piece's bytes of one field into `out`, and verifies chunks that are read for the first time."""
         index, width = self._indexes[piece.shard], self.fields[name].row_bytes
         path, row, end = self._path(piece.shard, name), piece.local, piece.local + piece.length
         with naming(path), FileIO(path, "rb") as file:
@@ -256,7 +265,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(layout: TableLayout, logical: int, length: int) -> Iterator[_Piece]:
-    """Where `length` logical rows of one head lie, in order."""
+    """The pieces that hold `length` logical rows of one head, in order."""
     head = bisect_right(layout.offsets, logical) - 1
     piece, start = layout.pieces[head], layout.starts[head]
     in_head, end = logical - layout.offsets[head], logical - layout.offsets[head] + length
@@ -268,7 +277,7 @@ def _pieces(layout: TableLayout, logical: int, length: int) -> Iterator[_Piece]:
 
 
 def _logical_rows(layout: TableLayout, shard: int, first: int, last: int) -> str:
-    """The logical rows of a shard's local rows [first, last), for a message: the first few runs of them."""
+    """The logical rows of a shard's local rows [first, last) as text: the first few runs."""
     runs = [
         f"{logical + max(first - local, 0)}..{logical + min(last - local, length) - 1}"
         for local, logical, length in layout.runs(shard)
@@ -278,12 +287,12 @@ def _logical_rows(layout: TableLayout, shard: int, first: int, last: int) -> str
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    """A contiguous array's own bytes (ml_dtypes' arrays have no buffer of their own)."""
+    """The bytes of a contiguous array, without a copy (ml_dtypes' arrays do not export their buffer)."""
     return array.reshape(-1).view(np.uint8).data
 
 
 def _read_into(file: FileIO, out: memoryview) -> bool:
-    """Fills `out` from where the file stands; False if it ends before."""
+    """Fills `out` from the file's current position; False if the file is too short."""
     while out:
         if not (count := file.readinto(out)):
             return False
@@ -292,7 +301,7 @@ def _read_into(file: FileIO, out: memoryview) -> bool:
 
 
 def _skip(file: FileIO, size: int, crc: int) -> int:
-    """The checksum continued over the next `size` bytes; over fewer, and so another, if the file ends before."""
+    """The checksum continued over the next `size` bytes; wrong if the file is too short."""
     scratch = memoryview(bytearray(min(size, SCRATCH_BYTES)))
     while size:
         part = scratch[: min(size, len(scratch))]

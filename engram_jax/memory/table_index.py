@@ -1,6 +1,7 @@
-"""The index of a shard's files: what it says, how it is written and what is refused when it is read.
+"""The index of a shard's files: its content, how it is written, and which indexes are refused.
 
-Written last and renamed into place, with a checksum over itself: a shard without a sound index does not exist.
+The index is written last, renamed into place, and has a checksum over itself. A shard without a valid index does not
+exist for readers.
 """
 
 from __future__ import annotations
@@ -26,28 +27,28 @@ from engram_jax.memory.table import TableLayout
 
 FORMAT = "engram_jax table 1"
 INDEX_NAME = re.compile(r"(\d{5,})-of-(\d{5,})\.json")
-REMEDY = "Restore an earlier checkpoint, or copy this one again from where it is sound."
+REMEDY = "Restore an earlier checkpoint, or copy this one again from an undamaged source."
 
 
 class TableFileError(ValueError):
-    """Files that are not the table asked for, not whole, or damaged; the message names the file and the remedy."""
+    """Files that hold another table, are incomplete, or are damaged; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """What one file holds for each row: an array of `row_shape` (() for a number), dtype by name ("bfloat16")."""
+    """The array that one file holds for each row: its `row_shape` (() for a number) and dtype by name ("bfloat16")."""
 
     row_shape: tuple[int, ...]
     dtype: str
 
     @classmethod
     def of(cls, row_shape: Iterable[int], dtype: DTypeLike) -> Field:
-        """A field of any dtype NumPy knows by name, ml_dtypes' (bfloat16, float8_*) included."""
+        """A field of any dtype that NumPy knows by name, also those of ml_dtypes (bfloat16, float8_*)."""
         return cls(tuple(row_shape), np.dtype(dtype).name)
 
     @property
     def np_dtype(self) -> np.dtype:
-        return np.dtype(self.dtype)  # knows ml_dtypes' names because jax is imported (by table.py)
+        return np.dtype(self.dtype)  # importing jax (in table.py) registers ml_dtypes' names
 
     @property
     def row_bytes(self) -> int:
@@ -77,7 +78,7 @@ class Index:
 
     @classmethod
     def from_json(cls, text: str) -> Index:
-        """ValueError, KeyError or TypeError if the text is not what `to_json` wrote."""
+        """Rebuilds `to_json`'s output; raises ValueError, KeyError or TypeError for any other text."""
         whole = json.loads(text)
         table = whole["table"]
         if whole["crc32"] != json_crc32(table) or table["format"] != FORMAT:
@@ -92,18 +93,18 @@ def file_name(layout: TableLayout, shard: int, name: str) -> str:
 
 
 def load_indexes(directory: Path) -> list[Index]:
-    """The indexes of all shards, in order; TableFileError unless they are all there and of one table."""
+    """The indexes of all shards, in order. Raises TableFileError if one is missing or belongs to another table."""
     found = [match for path in directory.glob("*.json") if (match := INDEX_NAME.fullmatch(path.name))]
     if not found:
-        raise TableFileError(f"{directory} holds no table: no shard in it was ever finished. {REMEDY}")
+        raise TableFileError(f"{directory} holds no table: it has no index of a finished shard. {REMEDY}")
     counts = {int(match[2]) for match in found}
     if len(counts) > 1:
-        raise TableFileError(f"{directory} holds parts of several tables, of {sorted(counts)} shards. {REMEDY}")
+        raise TableFileError(f"{directory} holds parts of several tables, with {sorted(counts)} shards. {REMEDY}")
     shards = counts.pop()
     if missing := sorted(set(range(shards)) - {int(match[1]) for match in found}):
         raise TableFileError(
-            f"{directory} is half a table: {len(missing)} of its {shards} shards, the first of them {missing[0]}, were "
-            f"not finished (no index). {REMEDY}"
+            f"{directory} is incomplete: {len(missing)} of its {shards} shards have no index, the first is shard "
+            f"{missing[0]}. {REMEDY}"
         )
     indexes = []
     for shard in range(shards):
@@ -115,11 +116,11 @@ def load_indexes(directory: Path) -> list[Index]:
         first = indexes[0] if indexes else index
         if (index.shard, index.layout.shards) != (shard, shards) or index.layout != first.layout:
             raise TableFileError(
-                f"{path} is of shard {index.shard} of {index.layout}: not the one its name says, or not of the table "
-                f"beside it. {REMEDY}"
+                f"{path} describes shard {index.shard} of {index.layout}, which differs from its name or from "
+                f"the other shards. {REMEDY}"
             )
         if index.fields != first.fields:
-            raise TableFileError(f"{path} has other fields than the shards beside it. {REMEDY}")
+            raise TableFileError(f"{path} has other fields than the other shards. {REMEDY}")
         indexes.append(index)
     return indexes
 
@@ -130,7 +131,7 @@ def json_crc32(value: Any) -> int:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Puts the file into an OSError that does not say which it was, as those of write, read and fsync don't."""
+    """Adds the file's name to an OSError without one, as write, read and fsync raise it."""
     try:
         yield
     except OSError as error:
@@ -141,12 +142,12 @@ def naming(path: str | Path) -> Iterator[None]:
 
 def write_all(file: FileIO, data: memoryview | bytes) -> None:
     data = memoryview(data)
-    while data:  # one write moves 2 GiB at the most
+    while data:  # one call writes at most 2 GiB
         data = data[file.write(data) :]
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """A file that is on the disk whole or not there at all."""
+    """Writes a file atomically: after a crash it is complete or absent."""
     part = path.with_name(path.name + ".part")
     with naming(part), FileIO(part, "wb") as file:
         write_all(file, data)

@@ -23,7 +23,7 @@ from engram_jax.sharding import BATCH, MESH_AXES
 
 
 def load_run(
-    run_dir: Path,
+    run_dir: Path | str,
     log: Callable[[str], None] = print,
     tables: bool = True,
     *,
@@ -32,14 +32,20 @@ def load_run(
 ) -> tuple[TrainState, Parts]:
     """A trained run's newest state and parts, without its corpus: for sampling and analysis.
 
+        state, parts = load_run("runs/engram_tiny")
+        engine = Engine(parts, state)
+
     Args:
-      tables: False leaves them on the disk, in `tables_of(run_dir, step)`.
-      mesh, placement: see `for_use`; the first devices are taken.
+      log: gets a line about the checkpoint.
+      tables: False leaves the tables on the disk, in `tables_of(run_dir, step)`.
+      mesh: devices on the mesh axes, `{"tensor": 4}`; the first devices are taken. None: one device.
+      placement: the memory that holds the tables, see `for_use`. Empty: as in training.
 
     Raises:
       ConfigError: the mesh does not fit the model or the devices.
       RunError: the folder is not a run, has no checkpoint, or another tokenizer than it was trained with.
     """
+    run_dir = Path(run_dir)
     config = read_config(run_dir)
     tokenizer, num_devices = load_tokenizer(run_dir / "tokenizer.json"), math.prod((mesh or {}).values())
     parts = assemble(for_use(config, mesh, placement), tokenizer.backend, jax.devices()[:num_devices])

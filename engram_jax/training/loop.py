@@ -46,17 +46,26 @@ class TrainResult:
     """Exit status (errors.py): FINISHED, or why it was stopped."""
 
 
-def train(config: RunConfig, run_dir: Path, log: Log = print, profile: bool = False) -> TrainResult:
-    """Trains to `config.train.steps`, continuing from the newest checkpoint in `run_dir` if there is one.
+def train(config: RunConfig, run_dir: Path | str, log: Log = print, profile: bool = False) -> TrainResult:
+    """Trains a run to `config.train.steps`, from the newest checkpoint in its folder if there is one.
 
-    Writes config.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, result.json; with
-    `profile` also profile/. Among several processes (distributed.py) all call it, and the first one writes
-    and logs what is written once.
+        result = train(RunConfig(name="small"), "runs/small")
+        result.evaluation.loss                  nats per token on the held-out documents
+
+    Several processes (distributed.py) all call it with the same arguments; the first one writes and logs.
+
+    Args:
+      config: the run. A resumed run needs the settings it began with; runs/settings.py lists those that may change.
+      run_dir: the run's folder, shared by all processes. It gets config.json, tokenizer.json, metrics.jsonl,
+        tensorboard/, checkpoints/ and, at the end, result.json.
+      log: gets each line of the log.
+      profile: whether to trace a few steps and write where their time goes into profile/.
 
     Raises:
       ConfigError: the settings cannot work, or differ from those the run was started with; the folder is unfit.
       RunError: the loss or gradient is no longer finite, the disk is full, no checkpoint can be read.
     """
+    run_dir = Path(run_dir)
     if not is_first():
         log = _silent
     with Goodput() as goodput, folder_of_one_run(run_dir, log):

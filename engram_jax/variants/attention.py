@@ -64,7 +64,7 @@ class AttentionVariant(ABC):
     """What settings, counts, mesh and files need to know of an attention. Importing it need not import jax."""
 
     mesh_axes: tuple[str, ...] = ("context", "tensor")
-    """Mesh axes that may cut the layer's work, beside those that cut the batch: `context` cuts T, `tensor` heads."""
+    """Mesh axes that may cut the layer's work: `context` cuts T, `tensor` cuts heads. The batch can always be cut."""
 
     def check(self, attention: AttentionConfig) -> None:  # noqa: B027
         """Raises `ConfigError` for settings that the layer cannot work with."""

@@ -8,13 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engram_jax.aot.chips import Topology
-from engram_jax.aot.slices import PER_STREAM_BYTE
+from engram_jax.aot.slices import sequence_bytes
 from engram_jax.config import RunConfig
 from engram_jax.counts import GROUPS, backbone_parameters, flops_per_token, leaves, state_bytes, table_bytes
 from engram_jax.registries import PLACEMENTS
 
-KEPT_BLOCKS = 8
-"""Without recomputation the backward pass keeps of a block so many times its input (as engram_jax/aot/slices.py)."""
 MFU = {"v4": 0.3, "v5e": 0.2, "v5p": 0.38, "v6e": 0.1, "7x": 0.24}
 """Share of the chip's peak that is assumed: the lower ends that compiling the paper's models gives (docs/pods.md);
 for v4, where nothing was compiled, between v5e and v5p as its network is. None was measured."""
@@ -91,13 +89,6 @@ def memory(run: RunConfig, where: Topology) -> dict[str, float]:
         EXCHANGE: exchange_bytes(run, at_once),
     }
     return {name: where.chip.devices * size for name, size in groups.items() if size}
-
-
-def sequence_bytes(run: RunConfig) -> float:
-    """What a sequence needs while it is trained on, beside logits and weights."""
-    model, width = run.model, 2 if run.model.dtype == "bfloat16" else 4
-    streams = model.num_hidden_layers * run.data.seq_len * model.hc_mult * model.hidden_size * width
-    return PER_STREAM_BYTE * (1 if model.remat == "full" else KEPT_BLOCKS) * streams
 
 
 def largest_block(run: RunConfig) -> float:

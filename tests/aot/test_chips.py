@@ -46,7 +46,7 @@ def test_slices_multiply():
         ("v4:16x16x20", "4096"),
     ],
 )
-def test_a_slice_that_is_none_gets_those_that_are(name, said):
+def test_a_name_that_is_no_slice_gets_the_slices_there_are(name, said):
     with pytest.raises(ConfigError, match=said):
         topology(name)
 

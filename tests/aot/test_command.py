@@ -201,6 +201,13 @@ def test_a_remedy_that_is_refused_comes_last():
     assert "None of them fits" in compile_report.ranking(ranked)
 
 
+@pytest.mark.parametrize(("placement", "offered"), [("device", 1), ("tiered", 1), ("host", 0), ("numpy", 0)])
+def test_tables_leave_the_chips_only_if_they_take_room_there(placement, offered):
+    config = replace(build("engram_27b"), memory__placement=placement)
+    changes = [remedy.changes for remedy in remedies(config, topology("v5p-64"))]
+    assert changes.count({"memory__placement": "host"}) == offered
+
+
 def test_remedies_leave_out_what_is_taken_and_never_change_the_model():
     config = replace(build("engram_27b"), train__mesh_fsdp=64, train__grad_accum=20, memory__placement="host")
     left = remedies(config, topology("v5p-64"))

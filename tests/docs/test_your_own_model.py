@@ -50,7 +50,7 @@ def test_the_cells_of_nnx_train(nnx_cells):
     assert len(losses) == 20 and float(losses[-1]) < float(losses[0]) - 0.5
     fresh = nnx_cells["MyModel"](nnx.Rngs(0)).engram
     tokens = nnx_cells["tokens"]
-    read = np.unique(fresh.row_ids(tokens[:, :-1]))
+    read = rows_read(fresh, tokens)
     moved = np.any(np.asarray(model.engram.table.rows_rd[...]) != fresh.table.rows_rd[...], axis=1)
     assert np.all(moved[read]) and not np.any(np.delete(moved, read))
 
@@ -65,6 +65,10 @@ def test_a_table_rate_of_its_own_moves_the_rows_further(nnx_cells):
     moved = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), after, before)
     assert moved["engram"]["table"]["rows_rd"] == pytest.approx(5e-3, rel=1e-2)
     assert moved["head"]["kernel"] == pytest.approx(1e-3, rel=2e-2)
+
+
+def rows_read(engram, tokens):
+    return np.unique(nnx.jit(lambda engram, tokens: engram.row_ids(tokens))(engram, tokens[:, :-1]))
 
 
 def arrays(new):
@@ -116,20 +120,25 @@ def test_a_framework_computes_what_nnx_computes_and_trains_it(framework, new, nn
         logits = model(tokens[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
-    expected, expected_grads = nnx.value_and_grad(loss_of)(new)
-    loss, grads = loss_fn(params, tokens)
+    expected, expected_grads = nnx.jit(nnx.value_and_grad(loss_of))(new)
+    step = jax.jit(lambda params: loss_fn(params, tokens))
+    loss, grads = step(params)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(table(grads), expected_grads.engram.table.rows_rd[...], rtol=1e-4, atol=1e-8)
 
     optimizer, before = optax.adam(1e-3), np.asarray(table(params))
+
+    @jax.jit
+    def move(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
     state, losses = optimizer.init(params), []
-    step = jax.jit(lambda params: loss_fn(params, tokens))
     for _ in range(10):
         loss, grads = step(params)
-        updates, state = optimizer.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = move(params, state, grads)
         losses.append(float(loss))
     assert losses[-1] < losses[0] - 0.1
     moved = np.any(np.asarray(table(params)) != before, axis=1)
-    read = np.unique(new.engram.row_ids(tokens[:, :-1]))
+    read = rows_read(new.engram, tokens)
     assert isinstance(new.engram, Engram) and np.all(moved[read]) and not np.any(np.delete(moved, read))

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from engram_jax.config import ConfigError
-from engram_jax.errors import RunError
+from engram_jax.errors import RunError, missing_extra
 from engram_jax.evaluation import lm_eval as command
 from engram_jax.evaluation.evaluated_run import Scored
 from engram_jax.evaluation.lm_eval_model import EngramLM, until_first
 from engram_jax.evaluation.lm_eval_task import LmEval, result_of
-from engram_jax.evaluation.tasks import Shared, all_tasks
+from engram_jax.evaluation.tasks import Shared
+from engram_jax.registries import TASKS
 
 MAX_LENGTH = 24
 
@@ -285,7 +286,7 @@ def test_the_harness_from_its_command_line(tasks, expected, run_dir, tmp_path, m
 
 def test_the_harness_as_a_task(tasks, expected, model):
     folder, rows = tasks
-    assert all_tasks()["lm_eval"] is LmEval
+    assert TASKS["lm_eval"] is LmEval
     task = LmEval(include=str(folder))
     accuracy = task(model, Shared(), "own_choice").metrics["acc"]
     assert accuracy.value == pytest.approx(expected[0]) and accuracy.count == len(rows) and accuracy.higher_is_better
@@ -353,11 +354,10 @@ def test_tasks_that_cannot_be_had(tasks, model, tmp_path):
 
 def test_without_the_harness_it_is_named(model, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"lm_eval is not installed.*uv run --extra eval.*pip install 'engram_jax\[eval\]'"
-    ):
+    with pytest.raises(ConfigError) as refused:
         LmEval()(model, Shared(), "own_choice")
-    assert command.main() == 2 and "engram_jax[eval]" in capsys.readouterr().err
+    assert str(refused.value) == missing_extra("lm_eval", "eval")
+    assert command.main() == 2 and missing_extra("lm_eval", "eval") in capsys.readouterr().err
 
 
 @pytest.mark.slow

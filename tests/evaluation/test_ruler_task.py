@@ -12,7 +12,8 @@ from engram_jax.evaluation.ruler.families import FAMILIES
 from engram_jax.evaluation.ruler.files import read_items
 from engram_jax.evaluation.ruler.task import Ruler, answers, averages
 from engram_jax.evaluation.statistics import Metric
-from engram_jax.evaluation.tasks import Shared, all_tasks
+from engram_jax.evaluation.tasks import Shared
+from engram_jax.registries import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,7 @@ def test_files_of_another_form(tokenizer, tmp_path, content):
 
 
 def test_mistakes_in_the_options(tokenizer, essays):
-    assert all_tasks()["ruler"] is Ruler
+    assert TASKS["ruler"] is Ruler
     model, shared = FakeModel(tokenizer, reader), Shared(corpus=str(essays))
     with pytest.raises(ConfigError, match=r"no family 'vtt'.*'vt'"):
         Ruler()(model, shared, "vtt")

@@ -130,6 +130,9 @@ def test_counted_memory_is_what_is_stored():
     assert groups["gradients"] == 4 * sizes["all"] / cut
     # 5.792 B numbers of memory: a row and two moments in float32, and a count to a row of 80
     assert groups["tables"] == pytest.approx(5.792e9 * (12 + 0.1) / 64, rel=0.01)
+    tiered = replace(run, memory__placement="tiered", memory__hot_rows=0.25)
+    assert estimates.memory(tiered, where)["tables"] == groups["tables"] / 4
+    assert "tables" not in estimates.memory(replace(run, memory__placement="host"), where)
 
 
 def test_what_is_too_large_is_said(capsys, said):

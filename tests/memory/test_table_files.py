@@ -73,10 +73,10 @@ def test_rows_outside_the_layout_are_an_error(saved, where):
 @pytest.mark.parametrize(
     ("start", "arrays", "message"),
     [
-        (0, rows_of(0, 10), "are not the next ones: .*from 10 to 104"),
-        (20, rows_of(0, 10), "are not the next ones"),
-        (10, rows_of(0, 95), "are not the next ones"),
-        (10, rows_of(0, 0), "are not the next ones"),
+        (0, rows_of(0, 10), "are not the next rows: .* start at 10 and end by 104"),
+        (20, rows_of(0, 10), "are not the next rows"),
+        (10, rows_of(0, 95), "are not the next rows"),
+        (10, rows_of(0, 0), "are not the next rows"),
         (10, {"rows": rows_of(0, 10)["rows"]}, "equally many rows"),
         (10, rows_of(0, 10) | {"uses": np.zeros(9, np.int32)}, "equally many rows"),
         (10, rows_of(0, 10) | {"uses": np.zeros(10, np.int64)}, "equally many rows"),

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ from engram_jax.config import EngramConfig, ModelConfig, OptimizerConfig
 from engram_jax.optimizers.groups import make_optimizer, parameter_roles
 from engram_jax.optimizers.muon import scale_by_muon
 from engram_jax.optimizers.roles import roles
+from engram_jax.registries import ATTENTION
+from engram_jax.variants.weights import WeightSpec
 
 ROLES = roles(ModelConfig(engram=EngramConfig(engram_layer_ids=(0,))))
 CONFIG = OptimizerConfig(learning_rate=2e-3, weight_decay=0.1)
@@ -121,3 +125,22 @@ def test_an_unknown_leaf_is_named():
     params = random_params(0) | {"adapter": {"gate_dff": jnp.ones((2, 2))}}
     with pytest.raises(ValueError, match=r"\['adapter'\]\['gate_dff'\] has no role.*nearest: gate_"):
         make_optimizer(CONFIG, optax.constant_schedule(1e-3), params)
+
+
+def test_roles_that_contradict_are_named(monkeypatch):
+    weight = partial(WeightSpec, group="attention", file="x.weight")
+    for declared, message in (
+        (weight("w_xy", (2, 3), "x->z", layout="xy->x,y", dims=(None, None), start=0.1), r"w_xy: role='x->z' must be"),
+        (weight("norm.gain", (2,), "embedding", layout="x->x"), r"norm\.gain: role='embedding' is not the role of"),
+    ):
+        monkeypatch.setattr(type(ATTENTION["mla"]), "weights", lambda self, config, found=declared: [found])
+        with pytest.raises(ValueError, match=message):
+            roles(ModelConfig())
+    for changes, message in (
+        ({"shape": (2,)}, r"weight w_xy: shape=\(2,\), layout='xy->x,y' and dims=\(None, None\) must agree"),
+        ({"group": "attentoin"}, r"weight w_xy: group='attentoin' must be one of attention, "),
+        ({"start": None}, r"weight w_xy: the layer makes it, so it needs `dims` and `start`"),
+    ):
+        given = {"shape": (2, 3), "role": "x->y", "layout": "xy->x,y", "dims": (None, None), "start": 0.1} | changes
+        with pytest.raises(ValueError, match=message):
+            weight("w_xy", **given)

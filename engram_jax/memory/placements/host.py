@@ -1,18 +1,17 @@
 """Tables in the memory of the host, read and written from inside the jitted program.
 
-Rows cross to the device and back by a gather and a scatter that the host's own processors run
-(`compute_on(compute_type="device_host")`); the table itself never moves, and a donated table is written in place. What
-an accelerator holds is in proportion to the rows of a batch. One chip's share of a table is limited by its host's
-memory instead of its own.
+The host's processors gather and scatter the rows (`compute_on(compute_type="device_host")`). Only a batch's rows cross
+to the device and back; the table never moves, and a donated table is written in place. So an accelerator holds memory
+in proportion to the rows of a batch, and the host's memory limits one chip's share of a table.
 
-Two conditions, which nothing but `memory_analysis()` would show to be broken:
+Two conditions keep it so. Only `memory_analysis()` shows if one of them is broken:
 
-* The arrays lie in row-major order, untiled. A TPU's default layout is tiled, for arrays in host memory too, and a host
-  computation sees plain arrays: the whole table would be untiled for every gather and tiled again after every scatter.
-  So jit must be told for every output that is a table: `out_shardings=...at_rest(mesh, table)`. Arguments need no such
-  word, they bring their layout with them.
-* Narrow floats lie there as unsigned integers of their width. XLA:CPU scatters bfloat16 (before jax 0.12) and float8
-  by way of a wider copy of the table, and integers in place.
+* The arrays are in row-major order, untiled. A TPU's default layout is tiled, for arrays in host memory too, but a host
+  computation works on plain arrays: XLA would convert the whole table before every gather and after every scatter.
+  So jit needs `out_shardings=...at_rest(mesh, table)` for every output that is a table. Arguments bring their layout
+  with them.
+* Narrow floats are stored as unsigned integers of their width. XLA:CPU scatters integers in place, but bfloat16 (before
+  jax 0.12) and float8 through a wider copy of the table.
 
 Legend: R local rows of a shard, U rows of a batch, D row width.
 """
@@ -46,10 +45,10 @@ _SORTED: Any = {"indices_are_sorted": True, "wrap_negative_indices": False}
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class HostTable:
-    """A table as it lies in host memory.
+    """A table in host memory.
 
-    bits: arrays of the table's shapes; bfloat16 as uint16, float8 as uint8, everything else as it is.
-    dtypes: what they mean, in the order of `bits`' leaves.
+    bits: arrays of the table's shapes; bfloat16 as uint16, float8 as uint8, other dtypes unchanged.
+    dtypes: the dtypes of the numbers, in the order of `bits`' leaves.
     """
 
     bits: TableState
@@ -64,25 +63,25 @@ class HostPlacement(Placement):
         check_room(shard_bytes * shards_here)
 
     def at_rest(self, mesh: Mesh, table: HostTable) -> Any:
-        """Sharding, memory and layout of a table's arrays [S * R, ...], for jit's `out_shardings`."""
+        """Sharding, memory kind and layout of a table's arrays [S * R, ...], for jit's `out_shardings`."""
         return jax.tree.map(lambda x: self._at_rest(mesh, x.ndim), table)
 
     def _at_rest(self, mesh: Mesh, ndim: int) -> Format | NamedSharding:
-        if mesh.empty:  # a notebook with one device
+        if mesh.empty:  # outside a mesh: one device, as in a notebook
             device = jax.local_devices()[0]
             sharding: Any = SingleDeviceSharding(device, memory_kind=HOST_MEMORY)
         else:
             device = mesh.devices.flat[0]
             sharding = NamedSharding(mesh, P(MESH_AXES), memory_kind=HOST_MEMORY)
-        if device.platform != "tpu":  # the others never tile, and have no layout that says so
+        if device.platform != "tpu":  # other platforms never tile, and know no layouts
             return sharding
         return Format(Layout(tuple(range(ndim)), _UNTILED), sharding)
 
     def allocate(self, num_rows: int, like: TableState) -> HostTable:
-        """Zeros, [num_rows, ...] for each leaf of `like` (shapes [1, ...]), made on the host: never on the device."""
+        """Zeros, [num_rows, ...] for each leaf of `like` (shapes [1, ...]), made by the host in its own memory."""
 
         def zeros(leaf: jax.Array) -> jax.Array:
-            # Without the barrier XLA makes the constant on the device, as large as the table, and copies it over.
+            # Without the barrier XLA makes a constant as large as the table on the device, and copies it to the host.
             zero = jax.lax.optimization_barrier(jnp.zeros((), _bits_dtype(leaf.dtype)))
             return jnp.broadcast_to(zero, (num_rows, *leaf.shape[1:]))
 
@@ -90,20 +89,20 @@ class HostPlacement(Placement):
         return HostTable(bits, tuple(str(leaf.dtype) for leaf in jax.tree.leaves(like)))
 
     def take(self, table: HostTable, ids_U: jax.Array) -> TableState:
-        """Rows `ids_U` in device memory, [U, ...] for each array. Ids ascend; those >= R read as zero."""
+        """Rows `ids_U` in device memory, [U, ...] for each array."""
         num_rows = table.bits.rows.shape[0]
 
         def gather(bits: TableState, ids_U: jax.Array) -> TableState:
             return jax.tree.map(lambda x: x.at[ids_U].get(mode="promise_in_bounds", **_SORTED), bits)
 
-        # The bounds are kept on the device: jax refuses constants beside operands in host memory.
+        # The bounds are applied on the device: jax refuses constants beside operands in host memory.
         bits = _on_host(gather, jax.memory.Space.Device)(table.bits, _to_host(jnp.minimum(ids_U, num_rows - 1)))
         leaves, structure = jax.tree.flatten(bits)
         leaves = [_from_bits(x, dtype) for x, dtype in zip(leaves, table.dtypes, strict=True)]
         return structure.unflatten([_zero_where(ids_U >= num_rows, x) for x in leaves])
 
     def put(self, table: HostTable, ids_U: jax.Array, batch: TableState) -> HostTable:
-        """The table with rows `ids_U` replaced, in place when donated. Ids ascend, differ, and are dropped if >= R."""
+        """The table with rows `ids_U` replaced, in place when it is donated."""
 
         def scatter(bits: TableState, ids_U: jax.Array, new: TableState) -> TableState:
             def rows(x: jax.Array, new_U: jax.Array) -> jax.Array:
@@ -117,11 +116,11 @@ class HostPlacement(Placement):
 
 
 def available_host_bytes() -> int | None:
-    """Memory this host could still give, in bytes; None where the system does not say."""
+    """Memory that is available on this host, in bytes; None where the operating system does not tell."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024  # in kB, as proc(5) has it
+                return int(line.split()[1]) * 1024  # in kB (proc(5))
     except OSError:
         pass
     try:
@@ -131,14 +130,14 @@ def available_host_bytes() -> int | None:
 
 
 def check_room(needed_bytes: int, available_bytes: int | None = None) -> None:
-    """Raises before anything is allocated if this host's share of the tables can't fit.
+    """Checks that this host's share of the tables fits into its memory.
 
     Args:
       needed_bytes: rows and optimizer rows of all shards whose devices belong to this process.
-      available_bytes: default: `available_host_bytes()`. Where that is unknown, there is no check.
+      available_bytes: None: `available_host_bytes()`; if that is unknown, there is no check.
 
     Raises:
-      ConfigError: more is needed than there is.
+      ConfigError: more memory is needed than available.
     """
     available = available_host_bytes() if available_bytes is None else available_bytes
     if available is not None and needed_bytes > available:
@@ -151,7 +150,7 @@ def check_room(needed_bytes: int, available_bytes: int | None = None) -> None:
 
 def _on_host(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
     """`function` run by the host; `out` is the `jax.memory.Space` of its results."""
-    # jax 0.10 has it as compute_on2, beside an older context manager of the shorter name.
+    # jax 0.10 calls this function compute_on2; its compute_on is an older context manager.
     compute_on: Any = getattr(compute_on_api, "compute_on2", None) or compute_on_api.compute_on
     return compute_on(function, compute_type="device_host", out_memory_spaces=out)
 

@@ -1,13 +1,13 @@
-"""Tables in arrays of the Python process: in its memory, or in memory-mapped files that may be larger than it.
+"""Tables in NumPy arrays of the Python process: in memory, or in memory-mapped files that may be larger than memory.
 
-An array holds the rows of all shards that this process feeds (the addressable devices of the mesh, in the mesh's
-order), one after the other: A shards of R rows are [A * R, ...], and shard j of them is the slice [j * R, (j + 1) * R).
-`take` and `put` see one such slice. What they call in NumPy leaves the interpreter lock to others (so does a page
-fault), so large batches are cut into ranges of rows and spread over threads.
+One array holds the rows of all shards that this process feeds (the addressable devices of the mesh, in the mesh's
+order), one after the other: A shards of R rows are [A * R, ...], and shard j is the slice [j * R, (j + 1) * R). `take`
+and `put` see one such slice. NumPy releases the interpreter lock in the functions that they call, and a page fault does
+too, so several threads share the rows of a large batch.
 
-Files lie in `<mmap_dir>/process-<index>/layer-<id>/`, one for each array: rows.bin, slots.<name>.bin, uses.bin. They
-are scratch: a run makes them anew, from its seed or its checkpoint. They start sparse, so a disk that others fill up
-after the check at the start can still end the run (SIGBUS).
+The files are `<mmap_dir>/process-<index>/layer-<id>/rows.bin`, `slots.<name>.bin` and `uses.bin`. They are scratch: a
+run makes them again, from its seed or its checkpoint. They start sparse. If other programs fill the disk after the
+check at the start, the run ends with SIGBUS.
 
 Legend: A shards of this process, R local rows of a shard, U rows of a batch.
 """
@@ -81,20 +81,20 @@ class NumpyPlacement(Placement):
             lock = _FolderLock(folder)
             _check_disk(folder, needed)
             for old in folder.glob("*/*.bin"):
-                old.unlink()  # not truncated: an array that someone still holds must not lose its pages
+                old.unlink()  # not truncated: an array that is still in use must not lose its pages
             return {name: _mapped_zeros(folder / name, n, like, lock) for name, n in num_rows.items()}
         except OSError as error:
             raise ConfigError(f"memory.mmap_dir={self.mmap_dir}: {error}. Choose a folder on a local disk.") from error
 
     def take(self, table: TableState, ids_U: np.ndarray) -> TableState:
-        """The rows as fresh arrays: what is handed to a device may be read by it at any later time."""
+        """The rows in new arrays: a device may read what it is given at any later time."""
         count = int(np.searchsorted(ids_U, len(table.uses)))
         batch = jax.tree.map(lambda x: np.empty((len(ids_U), *x.shape[1:]), x.dtype), table)
         pairs = list(zip(jax.tree.leaves(table), jax.tree.leaves(batch), strict=True))
 
         def rows(part: slice) -> None:
             for array_R, out_U in pairs:
-                np.take(array_R, ids_U[part], axis=0, out=out_U[part], mode="clip")  # any other mode buffers `out`
+                np.take(array_R, ids_U[part], axis=0, out=out_U[part], mode="clip")  # other modes copy `out`
 
         _in_parts(rows, count)
         for _, out_U in pairs:
@@ -102,7 +102,7 @@ class NumpyPlacement(Placement):
         return batch
 
     def put(self, table: TableState, ids_U: np.ndarray, batch: TableState) -> TableState:
-        """Always in place: the table returned is the one given."""
+        """The same table, written in place."""
         count = int(np.searchsorted(ids_U, len(table.uses)))
         pairs = [
             (_rows_as_items(array_R), _rows_as_items(np.asarray(new_U)))
@@ -139,13 +139,13 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _in_parts(function: Callable[[slice], None], count: int) -> None:
-    """`function` of slices that make up 0 .. count, on several threads if there are several."""
+    """Calls `function` with slices that make up 0 .. count; several slices go to several threads."""
     parts = [slice(start, min(start + PART_ROWS, count)) for start in range(0, count, PART_ROWS)]
     list(_pool().map(function, parts) if len(parts) > 1 else map(function, parts))
 
 
 def _rows_as_items(array_U: np.ndarray) -> np.ndarray:
-    """A view [U] in which a row is one opaque item: `np.put` of such is twice as fast as assignment to `array[ids]`."""
+    """A view [U] in which a row is one opaque item: `np.put` of items is twice as fast as assigning to `array[ids]`."""
     array_U = np.ascontiguousarray(array_U)
     row_bytes = array_U.itemsize * math.prod(array_U.shape[1:])
     return array_U.reshape(len(array_U), -1).view(f"V{row_bytes}")[:, 0]
@@ -183,7 +183,7 @@ def _check_disk(folder: Path, needed: int) -> None:
 
 
 class _FolderLock:
-    """The right to a folder's files. Ends with the last array that lies in them, or with the process."""
+    """A lock on a folder. It is released with the last array that is mapped to the folder's files, or the process."""
 
     def __init__(self, folder: Path):
         import fcntl  # POSIX only; tables in memory need no lock
@@ -194,7 +194,7 @@ class _FolderLock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            gc.collect()  # tables of an earlier run of this process, kept by a reference cycle
+            gc.collect()  # a reference cycle may keep tables of an earlier run of this process
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -222,7 +222,7 @@ def _mapped_zeros(folder: Path, num_rows: int, like: TableState, lock: _FolderLo
             mapping = _Mapping(file.fileno(), size)
         mapping.lock = lock
         if hasattr(mmap, "MADV_RANDOM"):
-            mapping.madvise(mmap.MADV_RANDOM)  # reading ahead of a row would fetch 30 pages that nobody asked for
+            mapping.madvise(mmap.MADV_RANDOM)  # otherwise the kernel reads 30 further pages for each row
         return np.ndarray(shape, leaf.dtype, buffer=mapping)
 
     return jax.tree_util.tree_map_with_path(zeros, like)

@@ -1,10 +1,10 @@
 """Tables in two tiers: the rows used most in device memory, every row in host memory.
 
-The host's copy of a hot row is stale for as long as the row is hot. Rows that a batch finds hot never leave the device;
-the others are listed and cross in rounds of M places, as many as it takes, so what crosses is in proportion to them.
+The rows in device memory are hot, the others cold. The host's copy of a hot row is stale while the row is hot. The hot
+rows of a batch stay on the device. Its cold rows cross in rounds of M places, in as many rounds as they need.
 
-Rows are moved and never computed with, so they are those of a table on the device bit for bit, whichever are hot.
-`promote` exchanges hot rows, between steps, against rows of a batch that were used more.
+Rows are moved and never computed with: they equal those of a table on the device bit for bit, whichever rows are hot.
+Between steps, `promote` exchanges hot rows for rows of a batch that were used more.
 
 Legend: R local rows of a shard, K of them hot, U rows of a batch, M places of a round, L places of whole rounds, E rows
 that an exchange may move, in whole rounds.
@@ -31,18 +31,20 @@ from engram_jax.memory.routing import stable_sort
 from engram_jax.memory.table import ROW_MULTIPLE, TableState
 
 ROUNDS = 8
-"""Rounds in which a batch crosses if none of its rows is hot."""
+"""Rounds in which a batch crosses if all of its rows are cold."""
 ROUND_ROWS = 512
-"""Places of a round, at least."""
+"""Smallest number of places in a round."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TieredTable:
-    """hot: [K, ...] in device memory, as `DevicePlacement` keeps it, in no order.
+    """One shard in two tiers.
 
-    hot_ids: int32 [K], the local rows that are hot, ascending; hot_places: int32 [K], where each of them lies in `hot`.
-    tail: all R rows in host memory.
+    hot: [K, ...] in device memory, a table of `DevicePlacement`, in no order.
+    hot_ids: int32 [K], the local rows that are hot, ascending.
+    hot_places: int32 [K], the place in `hot` of each of these rows.
+    tail: all R rows, in host memory.
     """
 
     hot: TableState | Records
@@ -84,7 +86,7 @@ class TieredPlacement(Placement):
         self.host.check_room(shard_bytes, shards_here)
 
     def allocate(self, num_rows: int, like: TableState) -> TieredTable:
-        """Zeros; the first rows are hot, for want of anything better to go by."""
+        """Zeros. The first rows are hot, since no row has been used yet."""
         first_K = jnp.arange(self.num_hot(num_rows), dtype=jnp.int32)
         hot = self.device.allocate(len(first_K), like)
         return TieredTable(hot, first_K, first_K, self.host.allocate(num_rows, like))
@@ -113,7 +115,7 @@ class TieredPlacement(Placement):
             cold = jax.tree.map(lambda x: x.at[at_M].get(mode="clip", indices_are_sorted=True), batch)
             return self.host.put(tail, ids_M, cold)
 
-        # All rounds are in the loop: with one before it, XLA for TPUs takes the whole table to the device.
+        # All rounds are in the loop: with one round before it, XLA for TPUs copies the whole table to the device.
         return TieredTable(hot, table.hot_ids, table.hot_places, _in_rounds(one_round, table.tail, found))
 
     def promote(self, table: TieredTable, ids_U: jax.Array) -> TieredTable:
@@ -130,7 +132,7 @@ class TieredPlacement(Placement):
         pairs = (most_E > -least_E, cold_E, place_E)
         better_E, cold_E, place_E = (jnp.pad(x, (0, size * rounds - count)) for x in pairs)
         beyond_E = jnp.arange(size * rounds, dtype=jnp.int32)
-        # Who takes whose place is of no importance, so both lists may ascend.
+        # It does not matter which cold row takes which hot row's place, so both lists can be sorted.
         up_E = jnp.sort(jnp.where(better_E, ids_U[cold_E], num_rows + beyond_E))
         place_E = jnp.sort(jnp.where(better_E, place_E, num_hot + beyond_E))
         id_of_place_K = jnp.zeros_like(table.hot_ids).at[table.hot_places].set(table.hot_ids, unique_indices=True)
@@ -142,8 +144,8 @@ class TieredPlacement(Placement):
             down_M, order_M = stable_sort(down_M)
             demoted = jax.tree.map(lambda x: x[order_M], self.device.take(hot, place_M))
             promoted = self.host.take(tail, up_M)
-            # Unused places hold the other tier's rows, to no effect but this: each tier is written when both are read.
-            # Where nothing says so (XLA for CPUs forgets barriers early), both would be copied in every round.
+            # Unused places get the other tier's rows. They are dropped, but they make each tier's writing depend on
+            # both tiers' reading. Otherwise both tiers would be copied in every round: XLA:CPU drops barriers early.
             unused_M = up_M >= num_rows
             promoted, demoted = _where(unused_M, demoted, promoted), _where(unused_M, promoted, demoted)
             return self.device.put(hot, place_M, promoted), self.host.put(tail, down_M, demoted)
@@ -159,9 +161,9 @@ class TieredPlacement(Placement):
         return jnp.sum(_is_hot(table, ids_U)[0], dtype=jnp.float32) / jnp.sum(is_row_U, dtype=jnp.float32)
 
     def _cold_uses(self, table: TieredTable, ids_U: jax.Array) -> jax.Array:
-        """Updates that touched each row: int32 [U], -1 for rows that are hot and ids that are no rows."""
+        """Updates that touched each row: int32 [U], -1 for hot rows and unused places."""
         uses_R = table.tail.bits.uses
-        counts = HostTable(TableState(uses_R, {}, uses_R), (str(uses_R.dtype),) * 2)  # nothing else is read
+        counts = HostTable(TableState(uses_R, {}, uses_R), (str(uses_R.dtype),) * 2)  # the rows are not read
         uses_U = self.host.take(counts, ids_U).uses
         return jnp.where(_is_hot(table, ids_U)[0] | (ids_U >= len(uses_R)), -1, uses_U)
 
@@ -170,20 +172,20 @@ _SORTED: Any = {"indices_are_sorted": True, "unique_indices": True}
 
 
 class _Found(NamedTuple):
-    """Where the rows of a batch lie. All int32; the lists of places ascend, and run beyond the array where unused."""
+    """Where the rows of a batch lie: int32 arrays. Lists of places ascend; unused places lie beyond the array."""
 
     place_U: jax.Array
-    """Places in `hot`."""
+    """Places in `hot` of the hot rows."""
     order_U: jax.Array
-    """The row of the batch that has each of these places."""
+    """Index in the batch of the row at each of these places."""
     rank_U: jax.Array
     """The inverse of `order_U`."""
     cold_L: jax.Array
-    """Ids of the rows that are not hot."""
+    """Ids of the cold rows."""
     at_L: jax.Array
-    """The row of the batch that each of them is."""
+    """Index in the batch of each cold row."""
     cold: jax.Array
-    """How many there are: a scalar."""
+    """Number of cold rows: a scalar."""
 
 
 def _is_hot(table: TieredTable, ids_U: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -212,17 +214,17 @@ def _where(mask_U: jax.Array, batch: TableState, other: TableState) -> TableStat
 
 
 def _rounds(count: int) -> tuple[int, int]:
-    """M, and the rounds that `count` rows take."""
+    """M, and the number of rounds for `count` rows."""
     size = min(count, max(ROUND_ROWS, -(-count // ROUNDS)))
     return size, -(-count // size)
 
 
 def _in_rounds(one_round: Callable[..., Any], carry: Any, found: _Found) -> Any:
-    """`carry = one_round(i, carry)` for as many rounds as the cold rows take."""
+    """Repeats `carry = one_round(i, carry)` for as many rounds as the cold rows need."""
     return lax.fori_loop(0, -(-found.cold // _rounds(len(found.rank_U))[0]), one_round, carry)
 
 
 def _part(found: _Found, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Round i of the cold rows: their ids and what rows of the batch they are, [M] both."""
+    """Round i of the cold rows: their ids and their indices in the batch, [M] both."""
     size, _ = _rounds(len(found.rank_U))
     return tuple(lax.dynamic_slice_in_dim(x, i * size, size) for x in (found.cold_L, found.at_L))  # type: ignore[return-value]

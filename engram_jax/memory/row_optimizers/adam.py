@@ -1,4 +1,4 @@
-"""Adam for rows: dense Adam, and catch-up Adam, which equals it at the cost of the touched rows.
+"""Adam for rows: dense Adam over the whole table, and catch-up Adam, which equals it and costs only the rows touched.
 
 Legend: U rows of a batch (or R, all rows of a table), D row width. `step` counts completed updates; the update that
 follows has number k = step + 1 and learning rate `learning_rates[k - 1]`.
@@ -29,7 +29,7 @@ def adam_step(rows, m, v, grads, k, learning_rate, b1, b2, eps):
 
 @dataclass(frozen=True, eq=False)
 class DenseAdam(RowOptimizer):
-    """Adam over the whole table at every step: time in proportion to the table, and the oracle of the tests."""
+    """Adam over the whole table at every step. Its time grows with the table; tests use it as the reference."""
 
     learning_rates: np.ndarray  # float64 [steps]
     b1: float = 0.9
@@ -63,25 +63,30 @@ class DenseAdam(RowOptimizer):
 
 @dataclass(frozen=True, eq=False)
 class CatchUpAdam(RowOptimizer):
-    """Dense Adam's trajectory, one row at a time, paid for when the row is next read.
+    """Dense Adam's trajectory. A row that waited is brought up to date when it is next read.
 
-    A row last updated at step s would, under dense Adam, have gone on moving on its decaying momentum. With
-    r = b1 / sqrt(b2) the moves of steps s+1..t are
+    Under dense Adam, a row last updated at step s goes on moving by its decaying momentum. With r = b1 / sqrt(b2) the
+    moves of steps s+1..t are
 
         -(m / sqrt(v)) * sum_{k=s+1}^{t} lr_k * sqrt(1 - b2^k) / (1 - b1^k) * r^(k-s),
 
-    and the sum is F(s) - r^(t-s) F(t), with F(s) = sum_{i>=1} lr_{s+i} sqrt(1 - b2^{s+i}) / (1 - b1^{s+i}) r^i: one
-    number per training step, made from the schedule before training. A row costs the same however long it has waited.
+    and the sum is F(s) - r^(t-s) F(t), with F(s) = sum_{i>=1} lr_{s+i} sqrt(1 - b2^{s+i}) / (1 - b1^{s+i}) r^i. F has
+    one number per training step, computed from the schedule before training. The cost of a row does not depend on how
+    long it waited.
 
-    Exact but for eps, which dense Adam adds to sqrt(v) as that decays. To first order in eps / sqrt(v) the catch-up
-    moves a row too far by at most lr * |m| / sqrt(v) * (eps / sqrt(v)) * b1 / (b2 - b1), 18 * eps / sqrt(v) of a step
-    at (0.9, 0.95): nothing at the default 1e-20, 2e-3 of a step at eps = 1e-8 and sqrt(v) = 9e-5.
+    The catch-up is exact except for eps, which dense Adam adds to a decaying sqrt(v). To first order in eps / sqrt(v)
+    it moves a row too far by at most lr * |m| / sqrt(v) * (eps / sqrt(v)) * b1 / (b2 - b1). At (0.9, 0.95) that is
+    18 * eps / sqrt(v) of a step: nothing at the default 1e-20, 2e-3 of a step at eps = 1e-8 and sqrt(v) = 9e-5.
     """
 
-    learning_rates: np.ndarray  # float64 [steps]
+    learning_rates: np.ndarray
+    """The rate of each training step, float64 [steps]."""
     b1: float = 0.9
+    """Decay of the first moment, below sqrt(b2)."""
     b2: float = 0.95
+    """Decay of the second moment, below 1."""
     eps: float = 1e-20
+    """Added to the root of the second moment."""
     _missed_moves: np.ndarray = field(init=False, repr=False)  # F, float64 [steps + 1]
 
     def __post_init__(self):
@@ -120,7 +125,7 @@ class CatchUpAdam(RowOptimizer):
 
 
 def _missed_moves(learning_rates: np.ndarray, b1: float, b2: float) -> np.ndarray:
-    """F(s) for s = 0..steps by its recurrence F(s) = r (lr_{s+1} c_{s+1} + F(s+1)); the last rate goes on for ever."""
+    """F(s) for s = 0..steps by its recurrence F(s) = r (lr_{s+1} c_{s+1} + F(s+1)), the last rate going on for ever."""
     steps, r = len(learning_rates), b1 / b2**0.5
     k = np.arange(1, steps + 1, dtype=np.float64)
     moves = np.asarray(learning_rates, np.float64) * np.sqrt(1 - b2**k) / (1 - b1**k)

@@ -1,4 +1,4 @@
-"""Rows that do not move: the memory is read and nothing is kept for it, in a later stage that trains the rest."""
+"""Frozen rows: training reads the memory and leaves it unchanged, without slots, as in a later stage of training."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from engram_jax.memory.table import Slots
 
 @dataclass(frozen=True)
 class FrozenRows(RowOptimizer):
-    """A training step takes no gradient of the rows and writes none (training/step.py); asked all the same, `update`
-    changes nothing."""
+    """The rule that moves no row. A training step takes no gradient of frozen rows and writes none."""
 
     moves_rows = False
 

@@ -1,7 +1,7 @@
-"""One second moment per row instead of one per number: Adagrad and RMSprop at 4 and 8 bytes of state a row.
+"""Row-wise Adagrad and RMSprop: one second moment per row instead of one per number, 4 and 8 bytes of slots a row.
 
-A row's entries share the scale sqrt(v), v made of the mean square of its gradient (the exact row-wise Adagrad of
-recommender tables). Neither rule has momentum: a row that is not looked up does not move.
+The numbers of a row share the scale sqrt(v), where v sums or averages the mean square of the row's gradient (the exact
+row-wise Adagrad of recommender tables). Neither rule has momentum: a row that is not looked up does not move.
 
 Legend: U rows of a batch, R all rows of a table, D row width. Update number k = step + 1 has learning rate
 `learning_rates[k - 1]`.
@@ -26,8 +26,10 @@ def _mean_square(grads_UD: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True, eq=False)
 class RowwiseAdagrad(RowOptimizer):
-    """v_k = v_{k-1} + mean(g_k^2), row_k = row_{k-1} - lr_k g_k / (sqrt(v_k) + eps). A step without a gradient changes
-    nothing, so there is nothing to catch up."""
+    """v_k = v_{k-1} + mean(g_k^2), row_k = row_{k-1} - lr_k g_k / (sqrt(v_k) + eps).
+
+    A step without a gradient changes nothing, so a row that waited has nothing to catch up with.
+    """
 
     learning_rates: np.ndarray  # float64 [steps]
     eps: float = 1e-20
@@ -47,13 +49,13 @@ class RowwiseAdagrad(RowOptimizer):
 
 @dataclass(frozen=True, eq=False)
 class RowwiseRMSprop(RowOptimizer):
-    """Adagrad that forgets, bias-corrected by the number of the step:
+    """Adagrad with a decaying second moment, bias-corrected by the number of the step:
 
         v_k = b2 v_{k-1} + (1 - b2) mean(g_k^2),   row_k = row_{k-1} - lr_k g_k / (sqrt(v_k / (1 - b2^k)) + eps).
 
-    A row last updated at step s is read at step t with v_t = b2^(t-s) v_s, which is what t - s updates with zero
-    gradients leave; so it equals the same rule run over the whole table at every step. As under dense Adam, a row
-    seen for the first time late in training moves by lr / sqrt(1 - b2) (RMS), 4.5 lr at b2 = 0.95.
+    A row last updated at step s is read at step t with v_t = b2^(t-s) v_s, the value after t - s updates with zero
+    gradients. So the rule equals the same rule run over the whole table at every step. As under dense Adam, a row
+    first seen late in training moves by lr / sqrt(1 - b2) (RMS), which is 4.5 lr at b2 = 0.95.
     """
 
     learning_rates: np.ndarray  # float64 [steps]

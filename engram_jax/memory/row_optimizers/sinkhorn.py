@@ -1,4 +1,4 @@
-"""Momentum balanced over rows and columns: how DeepSeek-V4.1 trains its tables, with one slot instead of Adam's two.
+"""Sinkhorn momentum, with which DeepSeek-V4.1 trains its tables: one slot per number instead of Adam's two.
 
 Legend: R local rows of a shard, D row width. Update number k = step + 1 has learning rate `learning_rates[k - 1]`.
 """
@@ -18,12 +18,16 @@ from engram_jax.memory.table import Slots
 
 
 def balance(x_RD: jax.Array, iterations: int, total: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Rows and columns of the whole table scaled to unit L2 norm in turn, `iterations` times, rows first and last.
+    """The whole table with rows and columns scaled to unit L2 norm in turn, `iterations` times, rows first and last.
 
-    Only the two vectors of scales change from one normalisation to the next: with P = x^2 their squares are
-    r = 1 / (P c) and c = 1 / (P^T r), so each reads the table once and writes none. (Dividing x each time, a whole
-    update moves 43 tables' worth of bytes as compiled for CPU, this one 23; for TPU XLA makes the same of both, 18.)
-    The published eps of 1e-20 keeps empty rows and columns from dividing by zero; here their scale is 0.
+    A normalisation changes only the two vectors of scales. With P = x^2 their squares are r = 1 / (P c) and
+    c = 1 / (P^T r), so each normalisation reads the table once and writes no table. (Dividing x each time, an update
+    moves 43 tables' worth of bytes as compiled for CPU, and this one 23; for TPUs both compile to 18.) The published
+    code avoids division by zero in empty rows and columns with eps = 1e-20; here their scale is 0.
+
+    Args:
+      x_RD: this shard's rows.
+      total: sums over all shards of the table.
     """
     squares_RD = jnp.square(x_RD)
     row_R = _reciprocal(jnp.sum(squares_RD, axis=1))
@@ -41,16 +45,16 @@ def _reciprocal(x: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True, eq=False)
 class SinkhornMomentum(RowOptimizer):
-    """Nesterov momentum, its small rows zeroed and the rest balanced (V4.1 report, 2.4.2 and Algorithm 1):
+    """Nesterov momentum with small rows set to zero, then balanced (V4.1 report, 2.4.2 and Algorithm 1):
 
         m_k = b m_{k-1} + (1 - b) g_k
         u   = b m_k + (1 - b) g_k, without the rows of L2 norm <= tau * (mean row norm)
         row_k = row_{k-1} - update_rms * lr_k * sqrt(D) * balance(u)
 
-    No weight decay. The statistics are those of the whole table, over all shards and without padding; the rows are
-    dropped once, before balancing. Every row that is left moves by update_rms * lr_k (RMS); the others, among them all
-    that were never looked up, stay exactly where they are. A row looked up once goes on moving at that full size until
-    its decaying momentum falls below tau times the mean.
+    There is no weight decay. Means and norms are over the whole table: all shards, without padding. Small rows are set
+    to zero once, before balancing; they do not move, and neither do rows that were never looked up. Every other row
+    moves by update_rms * lr_k (RMS). A row that is looked up once moves by that amount at every step until its decaying
+    momentum falls below tau times the mean.
     """
 
     learning_rates: np.ndarray  # float64 [steps]
@@ -89,7 +93,7 @@ class SinkhornMomentum(RowOptimizer):
         norm_R = jnp.sqrt(jnp.sum(jnp.square(ahead_RD), axis=1))
         num_rows = total(jnp.sum(is_row_R, dtype=jnp.int32).astype(jnp.float32))
         mean = total(jnp.sum(norm_R)) / num_rows
-        # In units of the mean, squares of rows and sums of squares are far from float32's ends.
+        # In units of the mean, squares and sums of squares neither overflow nor underflow float32.
         keep_R = norm_R > self.tau * mean
         ahead_RD = jnp.where(keep_R[:, None], ahead_RD * _reciprocal(mean), 0)
 
