@@ -27,7 +27,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         if not target.exists():
             log.warning("%s links to %s, which does not exist.", source.name, link["path"])
             return link[0]
-        kind = "tree" if target.is_dir() else "blob"
+        kind = "tree" if target.is_dir() else "raw" if target.suffix in (".png", ".svg") else "blob"
         address = f"{config.repo_url.rstrip('/')}/{kind}/main/{target.relative_to(ROOT).as_posix()}"
         return f"{link['before']}{address}{link['anchor'] or ''}{link['after']}"
 

@@ -19,8 +19,12 @@ INK, MEMORY, EXPERTS, PLAIN = "#24292f", "#0f766e", "#b45309", "#e5e7eb"
 def box(axes: Axes, x: float, y: float, width: float, height: float, text: str, color: str = PLAIN) -> None:
     """A rounded box with its lower left corner at (x, y)."""
     white = color in (MEMORY, EXPERTS)
-    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.12", fc=color, ec="none"))
-    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", color="white" if white else INK, fontsize=9)
+    axes.add_patch(
+        FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.12", fc=color, ec="none")
+    )
+    axes.text(
+        x + width / 2, y + height / 2, text, ha="center", va="center", color="white" if white else INK, fontsize=9
+    )
 
 
 def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str = INK) -> None:

@@ -1,7 +1,7 @@
-"""From a run and chips that are not there to its compiled steps: the arguments are shapes, and no array is made.
+"""Compiles the steps of a run for chips that this machine does not have: arguments are shapes, and no array is made.
 
-The steps are the ones that a run takes (training/step.py), with the arguments that training/stepper.py would give them.
-Needs libtpu; call it in a process of its own (child.py).
+The steps are those of a run (training/step.py), with the arguments that training/stepper.py gives them. Compiling for
+TPUs needs libtpu; call it in its own process (child.py).
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from engram_jax.training.stepper import reads_ahead
 
 PROGRAMS = ("train", "eval")
 DECODE = "decode"
-"""One more, when asked for: a token for each of data.batch_size sequences, whose caches have data.seq_len places."""
+"""Optional program: decodes a token for each of data.batch_size sequences, with caches of data.seq_len places."""
 
 
 @dataclass(frozen=True, eq=False)
 class Arguments:
-    """What the steps are called with, as shapes with shardings on the chips."""
+    """Arguments of the training and the evaluation step, as shapes with shardings on the chips."""
 
     state: TrainState
     batch: Batch
     plan: MemoryPlan
     loaded: LoadedRows | None
-    """Rows read before the step: the next batch's are read in it, or the tables lie outside the program."""
+    """The batch's rows, if they are read before the step: rows are read ahead, or tables lie outside the program."""
 
     def named(self) -> dict[str, Any]:
         return {"state": self.state, "batch": self.batch, "plan": self.plan, "loaded": self.loaded}
@@ -57,7 +57,7 @@ class Arguments:
 
 @dataclass(frozen=True, eq=False)
 class DecodeArguments:
-    """The same of one step of decoding (inference/engine.py)."""
+    """Arguments of one step of decoding (inference/engine.py), as shapes with shardings on the chips."""
 
     served: Served
     cache: Cache
@@ -69,9 +69,9 @@ class DecodeArguments:
 
 
 def stand_in_tokenizer(vocab_size: int, canonical_size: int = 0) -> Tokenizer:
-    """A tokenizer of that many tokens, which are `canonical_size` (0: all) different ones once they are normalized.
+    """A tokenizer with `vocab_size` tokens that compress to `canonical_size` ids (0: no token is compressed).
 
-    Shapes depend on nothing else of it: the rows of a head are primes near `engram_vocab_size`.
+    Shapes depend on these two numbers only: the rows of a head are primes near `engram_vocab_size`.
     """
     distinct = canonical_size or vocab_size
     vocabulary = {f"t{i % distinct}" + " " * (i // distinct): i for i in range(vocab_size)}
@@ -79,13 +79,17 @@ def stand_in_tokenizer(vocab_size: int, canonical_size: int = 0) -> Tokenizer:
 
 
 def make_parts(config: RunConfig, devices: Sequence[Any]) -> Parts:
-    """The parts of the run on these devices. Raises `ConfigError` if they do not fit, before anything compiles."""
+    """The parts of the run on these devices.
+
+    Raises:
+      ConfigError: the run does not fit the devices.
+    """
     canonical = config.model.engram.engram_compressed_vocab_size
     return assemble(config, stand_in_tokenizer(config.model.vocab_size, canonical), list(devices))
 
 
 def arguments(parts: Parts) -> Arguments:
-    """Call under `jax.set_mesh(parts.mesh)`."""
+    """Arguments of a run's steps. Call under `jax.set_mesh(parts.mesh)`."""
 
     on_chips = partial(_on_chips, parts)
     store, data = parts.store, parts.config.data
@@ -101,7 +105,7 @@ def arguments(parts: Parts) -> Arguments:
         return Arguments(state, batch, plan, loaded)
 
     def at_rest(rest: Any, part: Any) -> Any:
-        """A part of a table where it lies; None: on the device, like anything else."""
+        """An array of a table with the sharding that its placement gives it; None: in device memory."""
         return on_chips(part) if rest is None else jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=rest)
 
     tables = {
@@ -114,7 +118,11 @@ def arguments(parts: Parts) -> Arguments:
 
 
 def decode_arguments(parts: Parts, given: Arguments) -> DecodeArguments:
-    """Call under `jax.set_mesh(parts.mesh)`. Raises `ConfigError` if the mesh or the placement is none for decoding."""
+    """Arguments of a step of decoding. Call under `jax.set_mesh(parts.mesh)`.
+
+    Raises:
+      ConfigError: the mesh or the placement cannot decode.
+    """
     check_decodes(parts)
     data, on_chips = parts.config.data, partial(_on_chips, parts)
     weights = on_chips(jax.eval_shape(partial(served, parts), given.state))
@@ -135,14 +143,14 @@ def _on_chips(parts: Parts, tree: Any) -> Any:
 
 
 def exchanged_bytes(parts: Parts, given: Arguments | DecodeArguments) -> int:
-    """Bytes of the blocks in which rows, or their gradients in float32, cross the mesh: all layers' on one device.
+    """Bytes of the blocks in which rows, or their float32 gradients, cross the mesh: one device, all layers together.
 
-    Blocks have a place for whatever a device may ask for, so this is the most that a batch's rows rightly need.
+    Blocks have places for all rows that a device may ask for, so a correct program exchanges at most this much.
     """
     store = parts.store
     if isinstance(given, Arguments):
         pairs = [capacity(plan).pair for plan in given.plan.values()]
-    else:  # the plan is made inside the step, for any batch; each device looks up a position of its own sequences
+    else:  # the step itself plans; each device looks up one position of each of its sequences
         sequences = -(-len(given.token_B) // math.prod(parts.mesh.shape[axis] for axis in BATCH))
         rows = sequences * store.config.num_rows_per_token
         pairs = [safe_capacity(layout, rows).pair for layout in store.layouts.values()]
@@ -150,7 +158,7 @@ def exchanged_bytes(parts: Parts, given: Arguments | DecodeArguments) -> int:
 
 
 def _rows(parts: Parts, layer: str, plan: MemoryPlan) -> jax.ShapeDtypeStruct:
-    """The rows of a table that this plan reads, at their owners."""
+    """Shape of the rows of a table that this plan reads, at their owners."""
     store = parts.store
     places = store.shards * capacity(plan[layer]).owner
     return jax.ShapeDtypeStruct((places, store.config.engram_head_dim), store.row_dtype)
@@ -159,7 +167,7 @@ def _rows(parts: Parts, layer: str, plan: MemoryPlan) -> jax.ShapeDtypeStruct:
 def lower(program: str, parts: Parts, given: Arguments | DecodeArguments) -> jax.stages.Lowered:
     """The lowered step of a program. Call under `jax.set_mesh(parts.mesh)`."""
     if isinstance(given, DecodeArguments):
-        tokens = jax.ShapeDtypeStruct((len(given.token_B), 1), jnp.int32)  # as they come from the host
+        tokens = jax.ShapeDtypeStruct((len(given.token_B), 1), jnp.int32)  # the host sends them without a sharding
         new = (given.token_B, tokens, given.token_B, given.is_drawn_B)
         return next_logits.lower(parts, given.served, given.cache, *new)
     if program == "train":
@@ -177,18 +185,22 @@ def lower(program: str, parts: Parts, given: Arguments | DecodeArguments) -> jax
 
 @dataclass(frozen=True, eq=False)
 class Compiled:
+    """A compiled program."""
+
     text: str
+    """The optimized program as HLO text."""
     sizes: Any
-    """The compiler's memory analysis, of one device; None if it was stopped before it generated code."""
+    """The compiler's memory analysis of one device; None if it was stopped before it generated code."""
     seconds: float
+    """Time to compile."""
     allocated: int = 0
-    """Bytes of one device's HBM that its buffer assignment takes, arguments and results with the rest; 0: unknown."""
+    """Bytes of one device's HBM in the buffer assignment, arguments and results included. 0: unknown."""
     is_accepted: bool = True
-    """False: it exceeds the chip's memory, and was compiled only to say where."""
+    """False: the program exceeds the chip's memory, and was compiled only to show where."""
 
 
 class TooLarge(Exception):
-    """The compiler gave up a program that exceeds the chip's memory."""
+    """The compiler refused a program that exceeds the chip's memory."""
 
     def __init__(self, message: str):
         super().__init__(message.splitlines()[0])
@@ -197,14 +209,16 @@ class TooLarge(Exception):
 
 
 def compiled(lowered: jax.stages.Lowered, detail: bool = True, quick: bool = False) -> Compiled:
-    """With `detail`, compiles even what exceeds the chip's memory, to say where: it takes that long again.
+    """Compiles a lowered program.
 
-    `quick` is content when buffers are assigned. Generating code, for minutes more (engram_27b: 8 of 9), adds the
-    compiler's cycles, the size of the code, and the proof that every kernel fits the chip's VMEM. The compiler can't be
-    stopped: it goes on in a thread, so end the process by `os._exit`.
+    Args:
+      detail: compile a program that exceeds the chip's memory a second time, to show where.
+      quick: stop after the assignment of buffers. Generating code takes 8 of 9 minutes for engram_27b; it adds the
+        compiler's cycles, the size of the code, and the proof that every kernel fits the chip's VMEM. The compiler
+        cannot be interrupted: it goes on in a thread, so end the process by `os._exit`.
 
     Raises:
-      TooLarge: it exceeds the chip's memory, and the compiler won't go on.
+      TooLarge: the program exceeds the chip's memory, and the compiler refuses it.
     """
     start, is_accepted = time.perf_counter(), True
     run = _assigned if quick else _compile
@@ -225,14 +239,14 @@ def compiled(lowered: jax.stages.Lowered, detail: bool = True, quick: bool = Fal
 
 
 def _compile(lowered: jax.stages.Lowered, **options: Any) -> tuple[str, Any, int]:
-    """Text, memory analysis, and what the buffer assignment takes: only a dump says that."""
+    """Text, memory analysis, and bytes of the buffer assignment, which only the compiler's dump tells."""
     with tempfile.TemporaryDirectory() as folder:
         done = lowered.compile(compiler_options={**_dumped_to(folder), **options})
         return done.as_text() or "", done.memory_analysis(), allocated(Path(folder))
 
 
 def _assigned(lowered: jax.stages.Lowered, **options: Any) -> tuple[str, None, int]:
-    """The same from the dump alone, as soon as it has the buffer assignment."""
+    """Text and bytes of the buffer assignment from the dump, as soon as the dump has them."""
     errors: list[Exception] = []
     name = lowered.compiler_ir().operation.attributes["sym_name"].value  # type: ignore[union-attr]
 
@@ -249,7 +263,7 @@ def _assigned(lowered: jax.stages.Lowered, **options: Any) -> tuple[str, None, i
             is_over = not compiler.is_alive()
             if errors:
                 raise errors[0]
-            # Other programs than the step may have such a file too. The entry is a module's last computation.
+            # Helper programs may have such a file too. A complete file ends with the entry computation.
             for file in Path(folder).glob(f"*.{name}.*after_optimizations_after_buffer_assignment.txt"):
                 text = file.read_text().rstrip()
                 if "\nENTRY " in text and text.endswith("\n}"):
@@ -264,10 +278,10 @@ def _dumped_to(folder: str) -> dict[str, Any]:
 
 
 def allocated(folder: Path) -> int:
-    """Bytes of a device's HBM that the buffer assignment in a compiler's dump takes, of its largest program; 0: none.
+    """Bytes of one device's HBM in the buffer assignment of the largest program in a compiler's dump; 0: no program.
 
-    HBM's allocations name no memory space (`color`); thread-local ones lie within fusions and host
-    computations. (The total of the dump's memory-usage-report counts those too: whole tables that the hosts hold.)
+    Allocations in HBM name no memory space (`color`). Thread-local allocations belong to fusions and host computations
+    and do not count. (The dump's memory-usage-report counts them: whole tables in the memory of the hosts.)
     """
     programs = [file.read_text() for file in folder.glob("*buffer-assignment.txt")]
     lines = [re.findall(r"^allocation \d+: size (\d+)(.*)$", text, re.MULTILINE) for text in programs]
@@ -278,6 +292,6 @@ def allocated(folder: Path) -> int:
 
 
 def memory_in(message: str) -> int:
-    """The largest size that a compiler's message names, such as 33.00G; 0 if it names none."""
+    """The largest size in a compiler's message, such as 33.00G, in bytes; 0 without a size."""
     unit = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     return max((int(float(n) * unit[u]) for n, u in re.findall(r"(\d+(?:\.\d+)?)([KMGT])\b", message)), default=0)

@@ -1,6 +1,6 @@
-"""What a step holds in the memory of a chip and of its host, by group.
+"""Memory of a compiled step on one chip and on its host, by group.
 
-Arguments are told apart by the names that the program has for them, and counted as they lie, tiles included.
+Arguments are grouped by their names in the program. Their bytes include the padding of tiles.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ ARGUMENTS = {
     "served": "other state",
     "cache": "cache",
 }
-"""Groups of a step's arguments by how their names begin; the longest that fits counts."""
+"""Groups of a step's arguments by the beginning of their names; the longest match counts."""
 
 
 def hbm(module: hlo.Module, compiled: Compiled, where: Topology) -> dict[str, Any]:
     """Bytes of one chip by group, and whether they fit.
 
-    `fits` is the compiler's own verdict: it refuses a program that exceeds the chip. `needed` is what its buffer
-    assignment allocates. `reported`, its memory analysis, is larger: it counts what lies idle between arrays twice.
-    Where no code was generated, neither that nor the code's size is known, and results count as temporaries.
+    `fits` is the compiler's verdict: it refuses programs that exceed the chip. `needed` is the size of its buffer
+    assignment. `reported`, its memory analysis, is larger: it counts unused memory between arrays twice. Without
+    generated code, `reported` and the code's size are unknown, and results count as temporaries.
     """
     entry, each, sizes = module.computations[module.entry], where.chip.devices, compiled.sizes
     groups = Counter(dict.fromkeys(dict.fromkeys(ARGUMENTS.values()), 0))
@@ -83,7 +83,7 @@ def argument_groups(named: Mapping[str, Any]) -> Counter[str]:
 
 
 def activations(module: hlo.Module) -> int:
-    """Bytes in HBM that the forward pass writes and the backward pass reads, as autodiff names them."""
+    """Bytes in HBM that the forward pass writes and the backward pass reads, by the scopes that autodiff names."""
     total = 0
     for computation, _ in module.walk():
         if computation.name in module.fused:
@@ -111,7 +111,7 @@ def _goes_backward(computation: hlo.Computation, i: hlo.Instruction) -> bool:
 
 
 def largest_buffers(module: hlo.Module, number: int = 12) -> list[dict[str, Any]]:
-    """The largest arrays that the program makes in HBM, one line for each shape and scope."""
+    """The largest arrays that the program makes in HBM, one entry for each shape and scope."""
     found: dict[tuple[str, str], int] = {}
     for computation, _ in module.walk():
         if computation.name in module.fused:
@@ -127,12 +127,12 @@ def largest_buffers(module: hlo.Module, number: int = 12) -> list[dict[str, Any]
 
 
 def host(module: hlo.Module, compiled: Compiled, parts: Parts, where: Topology) -> dict[str, Any]:
-    """Bytes of one host's memory that the tables take. What the data pipeline takes is not known here."""
+    """Bytes of one host's memory for the tables. The memory of the data pipeline is not included."""
     each, sizes = where.chip.devices * where.chip.chips_per_host, compiled.sizes
     if sizes:
         in_program = sizes.host_argument_size_in_bytes + sizes.host_output_size_in_bytes
         in_program -= sizes.host_alias_size_in_bytes
-    else:  # a step that copied a table would be told by its temporaries, which are unknown here
+    else:  # without code, temporaries are unknown: a step that copies a table would not show here
         entry = module.computations[module.entry].instructions.values()
         arguments = (i.shapes[0] for i in entry if i.opcode == "parameter")
         in_program = sum(shape.padded_bytes for shape in arguments if shape.space == HOST)

@@ -1,6 +1,6 @@
-"""What to change when a step does not fit: the standard remedies, as changes of the config.
+"""Remedies for a step that does not fit the chips: the standard changes of the settings.
 
-Each leaves the mathematics of the run as it is; more rounding or another order of sums is all that they may bring.
+No remedy changes the mathematics of the run. Some change its rounding, or the order of sums.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from engram_jax.registries import PLACEMENTS
 from engram_jax.sharding import BATCH
 
 CHUNK = 512
-"""Positions whose logits exist at a time, where all of them did."""
+"""Positions whose logits are computed at a time, for runs that compute more."""
 
 
 @dataclass(frozen=True)
 class Remedy:
+    """One change of the settings, or several together."""
+
     why: str
     changes: dict[str, Any] = field(default_factory=dict)
-    """Fields as in `config.replace`."""
+    """New values by field, for `config.replace`."""
 
     def __str__(self) -> str:
         fields = " ".join(f"--{name.replace('__', '.')} {value}" for name, value in self.changes.items())
@@ -33,7 +35,7 @@ class Remedy:
 
 
 def remedies(config: RunConfig, where: Topology) -> list[Remedy]:
-    """The single remedies that this config has not taken yet, and then all of them one on top of the other."""
+    """The single remedies that this config does not have yet, and then stacks of them, each with one remedy more."""
     single = [remedy for remedy in _singles(config, where) if _is_valid(config, remedy)]
     stacked, changes = [], {}
     for remedy in single:
@@ -94,7 +96,7 @@ def _is_valid(config: RunConfig, remedy: Remedy) -> bool:
 
 
 def advice(reports: dict[str, Any], config: RunConfig, where: Topology) -> list[str]:
-    """What to try, in words; the remedies that cut the largest group first."""
+    """Lines of text that say what exceeds the memory, and the remedies to try."""
     lines = []
     for program, r in reports.items():
         memory = r["memory"]

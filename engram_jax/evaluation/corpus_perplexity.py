@@ -24,11 +24,11 @@ class Perplexity:
     """Loss, perplexity, bits per byte; by how often the last n-gram was seen in training, and by position."""
 
     context: int = 0
-    """Tokens of context at most. 0: what the run was trained with (data.seq_len)."""
+    """Most tokens of context. 0: the length the run was trained at (data.seq_len)."""
     stride: int = 0
-    """Documents longer than the context are scored in windows that begin this far apart. 0: half the context."""
+    """Tokens between the windows in which documents longer than the context are scored. 0: half the context."""
     ngram_order: int = 3
-    """Of the n-grams whose occurrences in the training text are counted. 0: do not count."""
+    """Tokens of the n-grams whose occurrences in the training text are counted. 0: do not count."""
 
     def __post_init__(self):
         for name in ("context", "stride", "ngram_order"):
@@ -39,7 +39,7 @@ class Perplexity:
         from engram_jax.evaluation.documents import Fingerprint, OwnText, open_documents
         from engram_jax.evaluation.windows import score_documents
 
-        require(not argument, f"perplexity takes no argument, not {argument!r}: give the text with --corpus.")
+        require(not argument, f"perplexity:{argument} takes no argument: give the text with --corpus.")
         context = self.context or model.context
         stride = self.stride or max(1, context // 2)
         require(stride <= context, f"perplexity.stride={stride} must lie in 1..context={context}.")
@@ -61,12 +61,12 @@ class Perplexity:
         try:
             return NgramCounts.of(own.data.train.stream.tokens, self.ngram_order)
         except ConfigError as error:
-            model.warn_once(f"no losses by n-gram frequency, because the training text cannot be read: {error}")
+            model.warn_once(f"losses by n-gram frequency are left out: the training text cannot be read. {error}")
             return None
 
 
 class Tally:
-    """Sums per document, from which means and their clustered standard errors follow."""
+    """Sums by document, which give means and standard errors that are clustered by document."""
 
     def __init__(self, byte_lengths: np.ndarray, counts: NgramCounts | None):
         self._byte_lengths, self._counts = byte_lengths, counts
@@ -78,7 +78,7 @@ class Tally:
         self._by_position: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, ids: np.ndarray, scored: Scored) -> None:
-        """A document's ids (with bos) and the losses of all but the first."""
+        """Adds a document: its ids with bos, and the scores of all ids but the first."""
         losses = scored.losses.astype(np.float64)
         self._losses.append(float(losses.sum()))
         self._correct.append(int(scored.is_greedy.sum()))
@@ -130,7 +130,7 @@ def _summed(bucket: np.ndarray, losses: np.ndarray, size: int) -> tuple[np.ndarr
 
 
 def _means(names: Sequence[str], by_document: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, dict[str, Any]]:
-    """Name -> loss, its standard error, share of tokens; empty buckets left out."""
+    """By bucket: loss, its standard error, share of the tokens. Empty buckets are left out."""
     if not by_document:
         return {}
     sums, sizes = (np.stack(column) for column in zip(*by_document, strict=True))

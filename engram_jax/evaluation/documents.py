@@ -1,4 +1,4 @@
-"""The text an evaluation reads, as documents of token ids: what the run held out, or any other corpus."""
+"""Documents of token ids for an evaluation: those that the run held out, or those of another corpus."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ENCODED_AT_A_TIME = 64
 
 @dataclass(frozen=True)
 class Documents:
-    """Iterates over int32 arrays `[bos, ...ids, eos]`."""
+    """The documents of a text: iterates over int32 arrays `[bos, ...ids, eos]`."""
 
     name: str
     """`held out of python`, or the corpus as given."""
@@ -36,7 +36,7 @@ class Documents:
         yield from documents
 
     def _of_stream(self) -> Iterator[np.ndarray]:
-        """With a limit they lie evenly spread over the split, so that they stand for the whole."""
+        """With a limit, documents evenly spread over the split, so that they represent all of it."""
         stream = self.source
         assert isinstance(stream, TokenStream)
         bounds = np.append(np.asarray(stream.starts), stream.num_tokens)
@@ -60,40 +60,40 @@ class Documents:
 
 @dataclass(frozen=True)
 class OwnText:
-    """The corpus a run was trained on, opened when it is first asked for."""
+    """The corpus that a run was trained on, opened when it is first used."""
 
     model: EvaluatedRun
 
     @cached_property
     def data(self) -> TextData:
-        """Tokenised as for training, from the cache if it is there.
+        """The tokenised corpus, as for training; from the cache if it is there.
 
         Raises:
-          ConfigError: the corpus is gone, or it now makes another tokenizer than the run's.
+          ConfigError: the corpus is gone, or its tokenizer is not the run's any more.
         """
         model = self.model
         config = model.parts.config
         text = load_data(config.data, config.model.vocab_size, model.log)
         if text.tokenizer.backend.to_str() != model.tokenizer.backend.to_str():
             raise ConfigError(
-                f"data.tokenizer={config.data.tokenizer!r}, data.corpus={config.data.corpus!r}: the tokenizer they "
-                f"make today is not the one in {model.run_dir}, because the file or the corpus has changed since. "
-                "Give the text to evaluate on with --corpus: it is read with the run's own tokenizer."
+                f"data.tokenizer={config.data.tokenizer!r} and data.corpus={config.data.corpus!r} no longer make the "
+                f"tokenizer in {model.run_dir}: the file or the corpus has changed. Give the text with --corpus, "
+                "which is read with the run's own tokenizer."
             )
         trained_on = model.corpus_sha256
         if trained_on and trained_on != text.corpus_sha256:
             model.warn_once(
-                f"data.corpus={config.data.corpus!r} no longer is the text {model.name} was trained on (sha256 "
-                f"{text.corpus_sha256[:12]}, then {trained_on[:12]}): what counts as held out may have been trained on."
+                f"data.corpus={config.data.corpus!r} is not the text that {model.name} was trained on (sha256 "
+                f"{text.corpus_sha256[:12]}, then {trained_on[:12]}): held-out documents may have been trained on."
             )
         return text
 
 
 def open_documents(model: EvaluatedRun, shared: Shared, own: OwnText) -> Documents:
-    """`shared.corpus`, or the run's own held-out documents.
+    """The documents of `shared.corpus`, or without one the documents that the run held out.
 
     Raises:
-      ConfigError: nothing there to read.
+      ConfigError: the text cannot be read, or is empty.
     """
     if shared.corpus:
         config = DataConfig(corpus=shared.corpus, text_key=shared.text_key)
@@ -107,7 +107,7 @@ def open_documents(model: EvaluatedRun, shared: Shared, own: OwnText) -> Documen
 
 
 class Fingerprint:
-    """sha256 over ids and boundaries: equal if and only if two evaluations scored the same tokens."""
+    """A sha256 over documents of ids. Equal hashes: two evaluations scored the same tokens."""
 
     def __init__(self):
         self._digest = hashlib.sha256()
@@ -120,5 +120,5 @@ class Fingerprint:
 
 
 def _as_option(error: ConfigError) -> ConfigError:
-    """The same message in the names of this command's options."""
+    """The same error, with the names of the options of `engram-jax evaluate`."""
     return ConfigError(str(error).replace("data.corpus", "--corpus").replace("data.text_key", "--text_key"))

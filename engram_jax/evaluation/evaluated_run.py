@@ -1,7 +1,7 @@
-"""A trained run as evaluations see it: token sequences in, losses and continuations out.
+"""A trained run that is measured: token sequences in, losses and continuations out.
 
-Sequences of any length are padded on the right to the next power of two, which a causal model cannot see, and batched
-by that length: one compilation for each.
+Sequences of any length are padded on the right to the next power of two, where a causal model does not look. They are
+batched by that length, with one compilation for each length.
 
 Legend: B batch, T seq, D hidden size, V vocabulary, C positions whose logits exist at a time.
 """
@@ -34,16 +34,16 @@ SHORTEST = 64
 LARGEST_BATCH = 32
 """Sequences decoded together, at most."""
 LOGITS_BYTES = 256 << 20
-"""Of logits in memory at a time, at most (one position of a batch is the least)."""
+"""Most bytes of logits in memory at a time; one position of a batch is always computed."""
 
 
 class Scored(NamedTuple):
-    """Of a sequence of T ids: one entry for each but the first, given all before it."""
+    """Scores of a sequence of T ids: one entry for each id but the first, given all ids before it."""
 
     losses: np.ndarray
     """float32 [T - 1], nats."""
     is_greedy: np.ndarray
-    """bool [T - 1]: whether the id was the most probable one."""
+    """bool [T - 1], whether the id was the most probable one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class EvaluatedRun:
         mesh: Mapping[str, int] | None = None,
         placement: str = "",
     ) -> EvaluatedRun:
-        """A run's newest checkpoint.
+        """Loads a run's newest checkpoint.
 
         Args:
           memory_scale: factors on the rows: `["0"]` for all layers, `["1=0", "2=0.5"]` for some.
@@ -94,8 +94,8 @@ class EvaluatedRun:
           placement: the memory that holds the tables. Empty: as in training.
 
         Raises:
-          RunError: the folder is not a run, has no checkpoint, or a tokenizer that is not the run's.
-          ConfigError: a scale that makes no sense, or a mesh that does not fit.
+          RunError: the folder is not a run, has no checkpoint, or has a tokenizer that is not the run's.
+          ConfigError: memory_scale names no layer or no number, or the mesh does not fit.
         """
         run_dir = Path(run_dir)
         state, parts = load_run(run_dir, log, mesh=mesh, placement=placement)
@@ -116,16 +116,16 @@ class EvaluatedRun:
 
     @property
     def corpus_sha256(self) -> str:
-        """Of the text the run was trained on, as its result.json says; empty before the run is finished."""
+        """Hash of the text that the run was trained on, from its result.json; empty before the run is finished."""
         try:
             return json.loads((self.run_dir / "result.json").read_text())["corpus_sha256"]
         except (OSError, ValueError, KeyError):
             return ""
 
     def score(self, sequences: Sequence[Sequence[int] | np.ndarray]) -> list[Scored]:
-        """Losses of every id but the first of each sequence, given the ids before it; in the order given.
+        """Losses of every id but the first of each sequence, given the ids before it; in the order of the sequences.
 
-        A sequence is a document's ids with its bos, or a window of it; nothing is added or cut off.
+        A sequence is a document's ids with its bos, or a window of it. Nothing is added or cut off.
 
         Raises:
           ConfigError: a sequence is empty or holds an id outside the vocabulary.
@@ -152,9 +152,11 @@ class EvaluatedRun:
         sampling: Sampling,
         ends: Callable[[int, int], bool] = lambda index, token: False,
     ) -> list[list[int]]:
-        """New ids for each prompt (which begins with bos), up to `sampling.max_tokens` or before the first eos.
+        """New ids for each prompt, up to `sampling.max_tokens` or before the first eos.
 
-        `ends(index, id)` hears of each new id but eos, in order: True ends that prompt before the id.
+        Args:
+          prompts: ids that begin with bos.
+          ends: called with a prompt's index and each new id but eos, in order; True ends that prompt before the id.
 
         Raises:
           ConfigError: a prompt is empty or holds an id outside the vocabulary.
@@ -183,7 +185,7 @@ class EvaluatedRun:
         return self.generate(prompts, Sampling(max_tokens=max_tokens, temperature=0))
 
     def _batch_size(self, wanted: int) -> int:
-        """At most `wanted`, but a multiple of the devices that sequences are spread over."""
+        """At most `wanted`, in multiples of the devices that share the sequences."""
         shards = math.prod(self.parts.mesh.shape[axis] for axis in BATCH)
         return max(1, wanted // shards) * shards
 
@@ -193,7 +195,7 @@ class EvaluatedRun:
             self.log(f"warning: {message}")
 
     def warn_if_longer(self, length: int, what: str) -> None:
-        """Says once what was trained, where `what` is `length` tokens long and that is more."""
+        """Warns once if `what` is longer (`length` tokens) than the sequences of training."""
         if length > self.context:
             yarn = self.parts.config.model.attention.yarn
             reach = f" Its rotations are stretched (YaRN) for {yarn.max_position_embeddings:,}." if yarn.enabled else ""
@@ -204,7 +206,7 @@ class EvaluatedRun:
 
     def _check(self, sequence: Sequence[int] | np.ndarray) -> None:
         vocab_size = self.parts.config.model.vocab_size
-        require(len(sequence) > 0, "a sequence is empty: begin it with the tokenizer's bos.")
+        require(len(sequence) > 0, "a sequence is empty: it must begin with the tokenizer's bos.")
         low, high = int(np.min(sequence)), int(np.max(sequence))
         require(
             low >= 0 and high < vocab_size,

@@ -1,5 +1,4 @@
-"""Memory scaled, switched off or robbed of some rows at evaluation time: what the rest of the model does without it
-(paper, section 6.3).
+"""Memory that is scaled, switched off, or made to forget some rows, in a trained run (paper, section 6.3).
 
 Legend: B batch, T tokens, H rows per token, D row width, U rows that an owner must read.
 """
@@ -25,37 +24,42 @@ if TYPE_CHECKING:
     from engram_jax.runs.state import TrainState
 
 ROW_PROJECTIONS = ("key_value_emd", "key_value_bias_md", "slice_hed")
-"""Of a reader: all that its rows pass through first."""
+"""Parameters of a reader that its rows enter first."""
 
 
 def parse_scales(words: Sequence[str], engram: EngramConfig) -> dict[int, float]:
-    """`["0.5"]`: every layer; `["1=0", "2=0.5"]`: these, the others stay at 1. By layer id, every layer named.
+    """Factors on the rows by Engram layer: `["0.5"]` for every layer; `["1=0", "2=0.5"]` for some, 1 for the others.
 
     Raises:
-      ConfigError: no memory, no number, or a layer without memory.
+      ConfigError: the run has no memory, or a word names no number or no layer with memory.
     """
-    require(engram.enabled or not words, "memory_scale: this run has no memory to scale (engram_layer_ids=()).")
+    require(
+        engram.enabled or not words,
+        "memory_scale: leave it out, since this run has no memory to scale.",
+    )
     layers = engram.engram_layer_ids
     scales = dict.fromkeys(layers, 1.0)
     for word in words:
         layer, equals, factor = word.rpartition("=")
         chosen = [i for i in layers if not equals or layer == str(i)]
-        require(bool(chosen), f"memory_scale {word}: no Engram layer is called {layer!r}; there are {list(layers)}.")
-        require(equals != "" or len(words) == 1, f"memory_scale {' '.join(words)}: one number, or LAYER=NUMBER each.")
+        require(bool(chosen), f"memory_scale {word}: {layer!r} is not an Engram layer; they are {list(layers)}.")
+        require(
+            equals != "" or len(words) == 1, f"memory_scale {' '.join(words)}: give one number or LAYER=NUMBER each."
+        )
         try:
             scales |= dict.fromkeys(chosen, float(factor))
         except ValueError:
-            require(False, f"memory_scale {word}: {factor!r} is no number. Give 0, or LAYER=NUMBER each (1=0 2=0.5).")
+            require(False, f"memory_scale {word}: {factor!r} is not a number. Write 0, or for some layers 1=0 2=0.5.")
     return scales
 
 
 def scale_memory(state: TrainState, scales: Mapping[int, float]) -> TrainState:
     """The state in which every row of a layer's table counts `scales[layer]` times; 1 leaves the layer as it is.
 
-    Rows enter a reader by one linear map, so that map is scaled and not the table: the same in sampling, decoding and
-    scoring, wherever the table lies, without a copy of it. Biases of the map (engram_bias) are scaled with the rows, so
-    that 0 is silent for every reader. The gate and the short convolution normalise what they read: any scale but 0
-    changes neither, and only the gated value itself gets smaller or larger.
+    Rows enter a reader by one linear map. The map is scaled, not the table: so sampling, decoding and scoring all see
+    it, wherever the table lies, without a copy of the table. Biases of the map (engram_bias) are scaled too, so that 0
+    is silent for every reader. The gate and the short convolution normalise their input: a scale other than 0 changes
+    neither of them, only the size of the gated value.
     """
     readers = dict(state.params.get("engram", {}))
     for layer, scale in scales.items():
@@ -66,12 +70,12 @@ def scale_memory(state: TrainState, scales: Mapping[int, float]) -> TrainState:
 
 
 def forget_rows(store: MemoryStore, state: TrainState, layer: str, rows_TH: np.ndarray) -> TrainState:
-    """The state in which these rows of a layer's table are zero and at rest: a copy, for evaluation.
+    """A copy of the state in which these rows of a layer's table are zero, and their optimizer's slots too.
 
     Call it under the mesh of the store.
 
     Args:
-      rows_TH: int32, for each of T tokens its rows as hashing gives them, or -1 in a head whose row stays.
+      rows_TH: int32, the rows of each token as hashing gives them; -1 in a head whose row stays.
     """
     mesh = jax.sharding.get_mesh()
     devices = 1 if mesh.empty else mesh.size
@@ -94,7 +98,7 @@ def _forget(
     )
     plan = {layer: plan[layer]}
     loaded = store.load(memory, plan)[layer]
-    # What is said of a lookup reaches its row as gradients do.
+    # A number for each lookup reaches its row as a gradient does.
     said_BTHD = jnp.broadcast_to(
         is_chosen_BTH.astype(jnp.float32)[..., None],
         (*ids_BTH.shape, store.config.engram_head_dim),
@@ -116,6 +120,6 @@ def _forget(
 
 
 def _any_rows(store: MemoryStore, layer: str, ids_BTH: jax.Array) -> jax.Array:
-    """The first row of every head: a plan is made of all layers at once."""
+    """The first row of every head, for layers that forget nothing: a plan covers all layers at once."""
     offsets_H = jnp.array(store.constants.offsets(int(layer)), jnp.int32)
     return jnp.zeros_like(ids_BTH) + offsets_H[None, None]

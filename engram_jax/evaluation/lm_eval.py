@@ -1,10 +1,10 @@
-"""lm-evaluation-harness's own command line, which then knows trained runs as the model `engram_jax`:
+"""The command line of lm-evaluation-harness, with trained runs as its model `engram_jax`:
 
     python -m engram_jax.evaluation.lm_eval --model engram_jax --model_args run_dir=RUN_DIR --tasks hellaswag
 
-All the harness's options work (`--help`), among them --include_path for tasks on disk. A program of our own, because
-the harness finds models in its own package only. Model arguments: run_dir, max_length (default: the trained context),
-batch_tokens, memory_scale, seed.
+All options of the harness work (`--help`), such as --include_path for tasks on disk. The harness finds models only in
+its own package, so this program registers ours first. Model arguments: run_dir, max_length (default: the trained
+context), batch_tokens, memory_scale, seed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from engram_jax.evaluation.lm_eval_task import MISSING
 
 
 def main() -> int:
-    """Returns the exit status: 2 after a mistake in the arguments, 1 if the run cannot be read."""
+    """Runs the harness; returns the exit status: 2 after a mistake in the arguments, 1 if the run cannot be read."""
     if importlib.util.find_spec("lm_eval") is None:
         print(f"error: {MISSING}", file=sys.stderr)
         return 2

@@ -1,27 +1,34 @@
-"""A trained run as EleutherAI's lm-evaluation-harness sees a model; its tasks (MMLU, ARC, HellaSwag, BBH ...) follow.
+"""A trained run as a model of EleutherAI's lm-evaluation-harness, for its tasks (MMLU, ARC, HellaSwag, BBH ...).
 
-Text becomes ids as in the harness's own Hugging Face adapter: a text begins with bos; a context and its continuation
-are encoded as one, after the context's trailing spaces were moved to the continuation; what is too long loses ids on
-the left, the bos among them. Imports lm_eval: the rest of the package only imports this module where it is asked for.
+Text becomes ids as in the harness's own Hugging Face adapter. A text begins with bos. A context's trailing spaces move
+to the continuation, then both are encoded as one text. A text that is too long loses ids on the left, bos too. This
+module imports lm_eval, so other modules import it only where they need it. Without lm_eval it can be imported too, but
+not used.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from engram_jax.config import require
 from engram_jax.evaluation.evaluated_run import EvaluatedRun
 from engram_jax.inference.sampling import Sampling
 from engram_jax.version import __version__
+
+HAS_LM_EVAL = importlib.util.find_spec("lm_eval") is not None
+if TYPE_CHECKING or HAS_LM_EVAL:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+else:
+    TemplateLM = object
 
 AT_A_TIME = 256
 """Requests between two steps of the progress bar."""
@@ -33,8 +40,8 @@ class EngramLM(TemplateLM):
     def __init__(self, model: EvaluatedRun, max_length: int = 0, seed: int = 0):
         """
         Args:
-          max_length: ids of context at most, the last of a continuation not counted. 0: what the run was trained with.
-          seed: for tasks that draw.
+          max_length: most ids of context, without the last id of a continuation. 0: the length of training.
+          seed: of tasks that draw.
 
         Raises:
           ConfigError: max_length is negative.
@@ -46,16 +53,16 @@ class EngramLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> EngramLM:
-        """From the harness's --model_args. Its --batch_size has no say: batch_tokens sets the batch at each length.
+        """The model of the harness's --model_args. batch_tokens sets the batch; --batch_size has no effect.
 
         Raises:
-          ConfigError: no run_dir, or an argument that does not exist.
+          ConfigError: run_dir is missing, or an argument is unknown.
           RunError: run_dir is not a run.
         """
         known = ("run_dir", "max_length", "batch_tokens", "memory_scale", "seed")
-        require("run_dir" in arg_dict, "--model_args: name the run's folder, as run_dir=FOLDER.")
+        require("run_dir" in arg_dict, "--model_args: run_dir is missing. Give the run's folder: run_dir=FOLDER.")
         unknown = [name for name in arg_dict if name not in known]
-        require(not unknown, f"--model_args: {', '.join(unknown)} is not among {', '.join(known)}.")
+        require(not unknown, f"--model_args: {', '.join(unknown)} is unknown. The arguments are {', '.join(known)}.")
         scales = str(arg_dict["memory_scale"]).split() if "memory_scale" in arg_dict else ()
         batch_tokens = _given(arg_dict, "batch_tokens").get("batch_tokens", EvaluatedRun.batch_tokens)
         model = EvaluatedRun.load(Path(str(arg_dict["run_dir"])), batch_tokens, scales)
@@ -63,13 +70,13 @@ class EngramLM(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> EngramLM:
-        """`create_from_arg_obj` of `name=value,name=value`."""
+        """`create_from_arg_obj` for the text `name=value,name=value`."""
         from lm_eval.utils import simple_parse_args_string
 
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
+        """Facts about the model, which the harness saves with its results."""
         return {
             "engram_jax_version": __version__,
             "run": str(self.model.run_dir),
@@ -84,7 +91,7 @@ class EngramLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without context is conditioned on."""
+        """The id before a text without context: bos."""
         return self.model.tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
@@ -95,7 +102,7 @@ class EngramLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs
     ) -> list[tuple[float, bool]]:
-        """For each (anything, context ids, continuation ids): nats of the continuation, whether greedy writes it.
+        """For each (anything, context ids, continuation ids): the continuation's nats, and whether greedy writes it.
 
         Raises:
           ConfigError: a continuation is longer than max_length.
@@ -103,7 +110,8 @@ class EngramLM(TemplateLM):
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         require(
             longest <= self.max_length,
-            f"a continuation of {longest:,} ids does not fit max_length={self.max_length:,}: raise it in --model_args.",
+            f"max_length={self.max_length:,} must be at least {longest:,}, the ids of the longest continuation: raise it "
+            "in --model_args.",
         )
 
         def evaluate(chosen: Sequence[tuple[Any, list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
@@ -119,7 +127,7 @@ class EngramLM(TemplateLM):
         return self._by_length(requests, lambda r: len(r[1]) + len(r[2]), evaluate, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Nats of each whole text after bos. A text longer than max_length is scored in windows, each id once."""
+        """Nats of each whole text, after bos. A text longer than max_length is scored in windows, each id once."""
         windows, owners = [], []
         for owner, request in enumerate(requests):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -134,10 +142,10 @@ class EngramLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to the first of its stop strings.
+        """The model's text after each context, up to the first of its stop strings.
 
         Raises:
-          ConfigError: settings that cannot be met (max_gen_toks leaves no room, a penalty that does not exist here).
+          ConfigError: max_gen_toks leaves no room for a context, or a setting is unknown here (a penalty).
         """
         texts = [""] * len(requests)
         by_settings: dict[str, list[int]] = {}
@@ -163,7 +171,7 @@ class EngramLM(TemplateLM):
         return texts
 
     def _settings(self, gen_kwargs: dict) -> tuple[Sampling, list[str]]:
-        """How to draw, and where to stop."""
+        """(sampling, stop strings) of a request."""
         asked: dict[str, Any] = {**normalize_gen_kwargs(gen_kwargs)}
         until, max_tokens = asked["until"], asked["max_gen_toks"]
         unknown = [name for name in asked if name not in SAMPLING_FIELDS]
@@ -187,7 +195,7 @@ class EngramLM(TemplateLM):
         evaluate: Callable[[Sequence[T]], Iterator[Any]],
         disable_tqdm: bool,
     ) -> list[Any]:
-        """`evaluate` of some requests at a time, the longest first, so that what fails fails early; in their order."""
+        """Results of `evaluate`, in the order of the requests. The longest go first, so that a failure comes early."""
         order = sorted(range(len(requests)), key=lambda i: -length(requests[i]))
         results: list[Any] = [None] * len(requests)
         with tqdm(total=len(order), disable=disable_tqdm) as bar:
@@ -199,13 +207,14 @@ class EngramLM(TemplateLM):
         return results
 
 
-register_model("engram_jax")(EngramLM)  # not as a decorator, behind which type checkers lose sight of the class
+if HAS_LM_EVAL:
+    register_model("engram_jax")(EngramLM)  # not as a decorator, behind which type checkers lose sight of the class
 
 
 class Heard:
-    """The ids of texts as they are written, and whether a stop string has come.
+    """Collects the ids of texts as they are written; a call tells whether a stop string is complete.
 
-    The id that completes a stop string is kept: its text may begin before the stop.
+    The id that completes a stop string is kept, since its text may begin before the stop string.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stops: Sequence[str], count: int):
@@ -221,7 +230,7 @@ class Heard:
 
 
 def until_first(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of these that occurs in it."""
+    """The text before the first stop string in it."""
     for stop in stops:
         if stop:
             text = text.partition(stop)[0]
@@ -229,7 +238,7 @@ def until_first(text: str, stops: Sequence[str]) -> str:
 
 
 def _given(arguments: dict, *names: str) -> dict[str, int]:
-    """Those of the arguments that are there, as whole numbers."""
+    """The given ones of these arguments, as whole numbers."""
     given = {name: arguments[name] for name in names if name in arguments}
     for name, value in given.items():
         require(str(value).lstrip("-").isdigit(), f"--model_args: {name}={value!r} is not a whole number.")

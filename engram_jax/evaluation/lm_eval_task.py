@@ -24,18 +24,18 @@ class LmEval:
     """A task, group or tag of lm-evaluation-harness, as --tasks lm_eval:NAME. Most load data from the web."""
 
     include: str = ""
-    """A folder of more tasks (YAML files), as the harness's --include_path."""
+    """Folder of more tasks (YAML files), as the harness's --include_path."""
     fewshot: int = -1
     """Examples before each question. -1: the task's own number."""
     max_length: int = 0
-    """Ids of context at most. 0: what the run was trained with (data.seq_len)."""
+    """Most ids of context. 0: the length the run was trained at (data.seq_len)."""
 
     def __post_init__(self):
         require(self.fewshot >= -1, f"lm_eval.fewshot={self.fewshot} must be -1 (the task's own) or more.")
         require(self.max_length >= 0, f"lm_eval.max_length={self.max_length} must be 0 (as trained) or positive.")
 
     def __call__(self, model: EvaluatedRun, shared: Shared, argument: str = "") -> Result:
-        require(bool(argument), "lm_eval: name a task of the harness, as --tasks lm_eval:hellaswag.")
+        require(bool(argument), "lm_eval needs a task of the harness, for example --tasks lm_eval:hellaswag.")
         require(not self.include or Path(self.include).is_dir(), f"lm_eval.include={self.include!r} is not a folder.")
         require(importlib.util.find_spec("lm_eval") is not None, MISSING)
         from lm_eval.evaluator import simple_evaluate

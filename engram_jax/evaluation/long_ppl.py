@@ -1,13 +1,13 @@
 """The task `longppl`: perplexity over the tokens that a long context helps with (Fang et al. 2024, arXiv:2410.23771).
 
-With p(x | long) given everything before a token and p(x | short) given only the last K tokens or a few more, a token is
-a key token where
+p(x | long) is given everything before a token, p(x | short) only the last K tokens or a few more. A token is a key
+token where
 
     LSD = log p(x | long) - log p(x | short) > alpha = 2     (the long context helps)
-    LCL = log p(x | long)                    > beta = -2     (and with it the token is no surprise)
+    LCL = log p(x | long)                    > beta = -2     (with it the token is well predicted)
 
-and LongPPL = exp(mean of -log p(x | long) over key tokens). Which tokens are key is decided by an evaluator, the same
-for all models that are compared; without one, each run decides for itself, and its figure is comparable with nothing.
+LongPPL = exp(mean of -log p(x | long) over key tokens). An evaluator decides which tokens are key, the same for all
+models that are compared. Without one, each run decides for itself, and its number cannot be compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SHORT_SHARE = 8  # 4,096 of 32,768 tokens in the paper
 BATCHES_AT_A_TIME = 32
 FEW_KEYS = 100
-"""Below this a warning says so."""
+"""Key tokens below which a warning says that there are few."""
 SLIDE_SHARE = 4  # 1,024 of 4,096 in its code
 
 
@@ -39,15 +39,17 @@ class LongPPL:
     """Perplexity over the tokens that long context helps with."""
 
     context: int = 0
-    """Tokens of the long context: documents are cut into pieces of that many. 0: what the run was trained with."""
+    """Tokens of the long context: documents are cut into pieces of this length. 0: the length of training."""
     short_context: int = 0
-    """Tokens of the short context (K). 0: an eighth of the long one, which is 4,096 for 32,768 as published."""
+    """Tokens of the short context (K). 0: an eighth of the long context, as published (4,096 for 32,768)."""
     slide: int = 0
     """Tokens that share one short window: they see K to K + slide - 1 tokens. 0: a quarter of K, as published."""
     alpha: float = 2.0
+    """A key token gains more than this from the long context, in nats (LSD)."""
     beta: float = -2.0
+    """A key token has a log probability above this with the long context, in nats (LCL)."""
     evaluator: Path | None = None
-    """Another run that decides which tokens are key. None: the run itself."""
+    """Folder of the run that decides which tokens are key. Default: the run itself."""
 
     def __post_init__(self):
         for name in ("context", "short_context", "slide"):
@@ -57,7 +59,7 @@ class LongPPL:
     def __call__(self, model: EvaluatedRun, shared: Shared, argument: str = "") -> Result:
         from engram_jax.evaluation.documents import OwnText, open_documents
 
-        require(not argument, f"longppl takes no argument, not {argument!r}: give the text with --corpus.")
+        require(not argument, f"longppl:{argument} takes no argument: give the text with --corpus.")
         context = self.context or model.context
         short = self.short_context or max(1, context // SHORT_SHARE)
         require(short < context, f"longppl.short_context={short} must be below the context of {context} tokens.")
@@ -81,15 +83,15 @@ class LongPPL:
         require(
             sum(tokens) > 0,
             f"longppl: no document of {documents.name} has more than longppl.short_context={short} tokens. "
-            "Lower it, or give longer documents with --corpus (one per JSONL line; .txt files are cut into pieces).",
+            "Lower it, or give longer documents with --corpus: JSONL has one per line, .txt files are cut into pieces.",
         )
         for run in {model, evaluator}:
             run.warn_if_longer(longest, f"longppl: a document of {documents.name}")
         key_loss = ratio(sums, keys)
         if sum(keys) < FEW_KEYS:
             model.warn_once(
-                f"longppl: only {sum(keys):.0f} of {sum(tokens):,.0f} tokens are key tokens, so the number says "
-                "little: give more or longer documents, or a model that gains from its context."
+                f"longppl: only {sum(keys):.0f} of {sum(tokens):,.0f} tokens are key tokens, so the number means "
+                "little. Give more or longer documents, or a model that gains from its context."
             )
         metrics = {
             "longppl": key_loss.exp() if sum(keys) else key_loss,
@@ -117,22 +119,23 @@ class LongPPL:
         evaluator = EvaluatedRun.load(self.evaluator, model.batch_tokens, log=model.log)
         require(
             evaluator.tokenizer.backend.to_str() == model.tokenizer.backend.to_str(),
-            f"longppl.evaluator={str(self.evaluator)!r} has another tokenizer than {model.name}, so its key tokens are "
-            "none of this run's: choose a run trained with the same tokenizer.",
+            f"longppl.evaluator={str(self.evaluator)!r} has another tokenizer than {model.name}: choose a run that was "
+            "trained with the same tokenizer.",
         )
         return evaluator
 
 
 def key_tokens(long_losses: np.ndarray, short_losses: np.ndarray, alpha: float, beta: float) -> np.ndarray:
-    """bool [T - 1]: LSD > alpha and LCL > beta. Losses are nats, -log p; a NaN short loss (none measured) is no key."""
+    """bool [T - 1]: LSD > alpha and LCL > beta, from losses in nats (-log p). A token without a short loss (NaN) is not
+    key."""
     with np.errstate(invalid="ignore"):
         return (short_losses - long_losses > alpha) & (-long_losses > beta)
 
 
 def short_losses(model: EvaluatedRun, pieces: list[np.ndarray], short: int, slide: int) -> list[np.ndarray]:
-    """float32 [T - 1] for each piece of T ids: losses given the last `short` to `short + slide - 1` ids only.
+    """float32 [T - 1] for each piece of T ids: losses given only the last `short` to `short + slide - 1` ids.
 
-    NaN for those with fewer ids before them. The short context of the first `slide` that are left is the long one.
+    An id with fewer ids before it has NaN. For the first `slide` other ids the short context is the long one.
     """
     windows = [
         (number, start, ids[start : start + short + slide])
@@ -148,9 +151,9 @@ def short_losses(model: EvaluatedRun, pieces: list[np.ndarray], short: int, slid
 def _groups(
     documents: Iterable[np.ndarray], context: int, short: int, batch_tokens: int
 ) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Documents cut into pieces of `context` ids and one to predict, each with its document's number.
+    """Pieces of documents, `context` ids and one to predict, each with its document's number; a few batches at a time.
 
-    Pieces that do not reach beyond the short context are left out. A few batches at a time.
+    Pieces that do not reach beyond the short context are left out.
     """
     group: list[tuple[int, np.ndarray]] = []
     for number, ids in enumerate(documents):

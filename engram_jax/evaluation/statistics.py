@@ -1,6 +1,6 @@
-"""Means with standard errors that know which observations belong together.
+"""Means with standard errors that are clustered by document.
 
-Tokens of one document, or questions of one passage, are not independent: the standard error comes from the clusters
+Tokens of one document, or questions of one passage, are not independent. So the standard error comes from the documents
 (the sandwich estimate for a ratio of sums, with clusters as its terms), not from the number of tokens.
 """
 
@@ -19,11 +19,11 @@ class Metric:
 
     value: float
     stderr: float | None = None
-    """None where it cannot be told: fewer than two clusters."""
+    """Standard error; None with fewer than two clusters."""
     count: int = 0
-    """Observations behind it: tokens, questions."""
+    """Number of observations: tokens, questions."""
     clusters: int = 0
-    """Independent groups of them: documents."""
+    """Number of independent groups of observations: documents."""
     unit: str = ""
     higher_is_better: bool = False
 
@@ -33,14 +33,14 @@ class Metric:
         return Metric(self.value * factor, stderr, self.count, self.clusters, unit, self.higher_is_better)
 
     def exp(self, unit: str = "") -> Metric:
-        """exp(value), with the standard error to first order: a perplexity from a loss."""
+        """exp of the number, with the standard error to first order: a perplexity from a loss."""
         value = math.exp(min(self.value, 700.0))
         stderr = None if self.stderr is None else self.stderr * value
         return Metric(value, stderr, self.count, self.clusters, unit, self.higher_is_better)
 
 
 def ratio(sums: Sequence[float] | np.ndarray, sizes: Sequence[float] | np.ndarray, **about) -> Metric:
-    """sum(sums) / sum(sizes) over clusters: mean loss from each document's summed loss and number of tokens.
+    """sum(sums) / sum(sizes) over clusters: the mean loss, from the summed loss and the number of tokens by document.
 
     stderr = sqrt(C / (C - 1) * sum_c (sums_c - value * sizes_c)^2) / sum(sizes), for C clusters of positive size
     (Cochran 1977, 6.9: linearised ratio; also what `vce(cluster)` of a mean reports).
@@ -69,5 +69,10 @@ def mean(values: Sequence[float] | np.ndarray, **about) -> Metric:
 def difference(
     ours: Sequence[float] | np.ndarray, theirs: Sequence[float] | np.ndarray, sizes: Sequence[float] | np.ndarray
 ) -> Metric:
-    """Ours minus theirs on the same clusters: paired, so that what makes a document hard for both drops out."""
+    """The mean of ours minus theirs, paired by cluster: what makes a document hard for both drops out.
+
+    Args:
+      ours, theirs: sums by cluster.
+      sizes: observations by cluster.
+    """
     return ratio(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64), sizes)

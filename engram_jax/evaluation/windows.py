@@ -1,8 +1,8 @@
-"""Documents longer than the context, scored in windows that overlap.
+"""Windows that overlap, for documents longer than the context.
 
-With context C and stride S the first window scores C tokens, each given all before it; every further window scores the
-next S, and begins C - S + 1 tokens before the first of them. So each token is scored once, given its whole document up
-to C tokens, and given at least C - S + 1 beyond.
+Let C be the context and S the stride. The first window scores C tokens. Each later window scores the next S tokens, and
+begins C - S + 1 tokens before them. So every token is scored once. Up to C tokens it sees its whole document; after
+that, it sees at least C - S + 1 tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SECONDS_PER_LINE = 10.0
 
 @dataclass(frozen=True)
 class Window:
-    """Ids [start, stop) of a document, of which those from `scored_from` on are scored. All count from its bos."""
+    """Ids [start, stop) of a document; those from `scored_from` on are scored. Positions count from the bos."""
 
     start: int
     stop: int
@@ -30,7 +30,7 @@ class Window:
 
 
 def windows(length: int, context: int, stride: int) -> list[Window]:
-    """The windows of a document of `length` ids; none for a single id, which nothing precedes.
+    """The windows of a document of `length` ids; none for a single id, which has no context.
 
     A window has at most `context` + 1 ids: the last one is only predicted.
     """
@@ -47,7 +47,7 @@ def windows(length: int, context: int, stride: int) -> list[Window]:
 def score_documents(
     model: EvaluatedRun, documents: Iterable[np.ndarray], context: int, stride: int
 ) -> Iterator[tuple[np.ndarray, Scored]]:
-    """Each document with the losses of its ids but the first; a few batches of documents in memory at a time."""
+    """Each document with the losses of its ids but the first. A few batches of documents are in memory at a time."""
     group: list[np.ndarray] = []
     done, last_line = 0, time.monotonic()
     for ids in documents:

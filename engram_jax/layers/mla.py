@@ -93,8 +93,8 @@ class MLA(nnx.Module):
         latent_BTR, k_pe = jnp.split(
             jnp.einsum("btd,dr->btr", x_BTD, kv_down_dr, out_sharding=act), [c.kv_lora_rank], axis=-1
         )
-        k_pe = rope(k_pe[:, :, None], positions_BT, c)
-        k_BT1H = jnp.concatenate([self.kv_norm(latent_BTR)[:, :, None], k_pe], axis=-1)
+        latent_BT1R = self.kv_norm(latent_BTR)[:, :, None]
+        k_BT1H = jnp.concatenate([latent_BT1R, rope(k_pe[:, :, None], positions_BT, c)], axis=-1)
         y_BTNR, cache = attend_cached(q_BTNH, k_BT1H, None, cache, layer, length_B, softmax_scale(c), c.kv_lora_rank)
         y_BTNV = jnp.einsum("btnr,rnv->btnv", y_BTNR, up_v_rnv, out_sharding=heads)
         return jnp.einsum("btnv,nvd->btd", y_BTNV, o_nhd, out_sharding=act), cache

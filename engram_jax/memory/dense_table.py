@@ -39,7 +39,9 @@ class DenseTable(nnx.Module):
         """Makes rows from N(0, std), each a function of the key and its id alone.
 
         Args:
-          num_rows, head_dim: rows of the table, and their width D.
+          num_rows: rows of the table.
+          head_dim: their width D.
+          std: standard deviation of the rows.
           shard_over: axes of the current mesh (explicit or auto) over which the rows are cut. They are padded to a
             multiple of the devices. Empty, or outside a mesh: every device holds all rows.
 

@@ -33,7 +33,7 @@ from engram_jax.transports import default_transport
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The static half of a run. `config` is the resolved one: nothing in it is left to be found out."""
+    """The static half of a run. `config` is resolved: it holds the values that `assemble` found out."""
 
     config: RunConfig
     mesh: Mesh
@@ -71,7 +71,7 @@ class Parts:
 
 
 def assemble(config: RunConfig, tokenizer: Tokenizer, devices: Sequence[Any] | None = None) -> Parts:
-    """Checks a run against its tokenizer and the devices, and builds its parts; no array is made yet.
+    """Checks a run against its tokenizer and the devices, and builds its parts, without making an array.
 
     Raises:
       ConfigError: the tokenizer does not fit the config, or the mesh does not fit the devices or the batch.

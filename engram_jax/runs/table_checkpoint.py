@@ -1,10 +1,10 @@
-"""Tables in checkpoints: logical rows, written and read in chunks by every process for its own shards.
+"""Tables in checkpoints: every process writes and reads its own shards, a chunk of rows at a time.
 
     <step>/tables/<layer>/00003-of-00008.rows.bin ...       (memory/table_files.py)
 
-Orbax makes the folder and renames the whole step when all is written; the rows do not pass through it, because they
-would be saved as they lie, cut and padded for one number of devices. A chunk of every shard is brought to the host at a
-time, so saving needs the memory of one chunk per shard beside the table, wherever the table lies.
+Orbax makes the folder and renames the whole step when everything is written. It does not save the rows itself: it would
+save them cut and padded for one number of devices. One chunk of every shard at a time comes to the host, so saving
+needs the memory of one chunk per shard beside the table, with any placement.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ from engram_jax.memory.table_index import Field
 
 
 def fields_of(store: MemoryStore) -> dict[str, Field]:
-    """What is kept for each row, as the files name it."""
+    """The arrays of each row (the row, its slots, its uses) by their names in the files."""
     return {name: Field.of(leaf.shape[1:], leaf.dtype) for name, leaf in _named(store.row_shapes()).items()}
 
 
 def save_tables(directory: Path, store: MemoryStore, mesh: Mesh, tables: dict[str, Table]) -> None:
-    """Writes this process's shards of every table. Raises `OSError` with the file's name if the disk refuses."""
+    """Writes this process's shards of every table.
+
+    Raises:
+      OSError: the disk refuses a write; names the file.
+    """
     fields = fields_of(store)
     with jax.set_mesh(mesh):
         for layer, layout in store.layouts.items():
@@ -47,7 +51,7 @@ def save_tables(directory: Path, store: MemoryStore, mesh: Mesh, tables: dict[st
                 following = read(tables[layer], 0)
                 for start in range(0, rows, count):
                     chunk, after = following, start + count
-                    if after < rows:  # on its way while this one is written
+                    if after < rows:  # read while the previous chunk is written
                         following = read(tables[layer], after)
                     for shard, arrays in _by_shard(chunk, count).items():
                         if shard not in writers:
@@ -64,12 +68,15 @@ def save_tables(directory: Path, store: MemoryStore, mesh: Mesh, tables: dict[st
 def restore_tables(
     directory: Path, store: MemoryStore, mesh: Mesh, saved_by: MemoryStore | None = None, step: int = 0
 ) -> dict[str, Table]:
-    """The tables, cut and placed as `store` has it, from files of any number of shards.
+    """The tables of a checkpoint with the shards and the placement of `store`, from files of any number of shards.
 
-    `saved_by`: the store of the run that saved them after `step` updates, if `store` is another's. Rows are then taken
-    as they stood, with their uses, and begin anew under the rule and dtype of `store`.
+    Args:
+      saved_by: the store of the run that saved the tables, if `store` belongs to another run. Rows then keep their
+        values after `step` updates and their uses, and get new slots and the dtype of `store`.
+      step: updates that the saved tables have had; only with `saved_by`.
 
-    Raises `TableFileError` if the files are not whole, damaged, or another table's.
+    Raises:
+      TableFileError: the files are incomplete, damaged, or hold another table.
     """
     fields = fields_of(saved_by or store)
     convert = _begin_anew(saved_by, store, step) if saved_by else lambda chunk: chunk
@@ -92,7 +99,7 @@ def _local_rows(reader: TableReader, layout: TableLayout, shard: int, start: int
 
 
 def _begin_anew(saved_by: MemoryStore, store: MemoryStore, step: int) -> Callable[[TableState], TableState]:
-    """A chunk of one run's table as the first of another's: caught up, without the slots of the old rule."""
+    """Converts chunks of one run's table to new rows of another run: values after `step` updates, with new slots."""
 
     def local(chunk: TableState) -> TableState:
         rows, _ = saved_by.optimizer.read(chunk.rows, chunk.slots, jnp.int32(step))
@@ -121,7 +128,7 @@ def _unnamed(fields: dict[str, Any]) -> TableState:
 
 
 class TablesHandler(ocp.CheckpointHandler):
-    """Gives Orbax's folder for the item to `save_tables`."""
+    """Orbax's handler of the item `tables`: passes its folder to `save_tables` and `restore_tables`."""
 
     def save(self, directory: Any, args: SaveTables | WriteTables) -> None:
         args.write(Path(directory))
@@ -144,7 +151,7 @@ class SaveTables(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(TablesHandler, for_save=True)
 @dataclass
 class WriteTables(ocp.args.CheckpointArgs):
-    """Tables that are in no store: `write` puts them into the folder (interop/runs.py)."""
+    """Tables without a store: `write` writes them into the folder (interop/runs.py)."""
 
     write: Callable[[Path], None]
 

@@ -1,24 +1,24 @@
-"""A look into the memory while it trains: collisions, gates, staleness, tier hits. One forward pass, scalars only.
+"""Monitors of the memory in training: collisions, gates, staleness, tier hits. One forward pass, scalars only.
 
-Everything is measured on one batch before its step is taken, and is the number of the whole batch on any mesh. Means of
-lookups and gates are over real positions (segment id not 0); per layer L:
+All metrics are measured on one batch before its step, over the whole batch on any mesh. Means of lookups and gates are
+over real positions (segment id not 0). For each layer L:
 
     memory/collision_L/order<n>               share of a row's updates that belong to other n-grams, mean of the heads
-    memory/collision_L/order<n>_worst_head    the same for the head where it is largest
-    memory/gate_L/stream<m>_mean, _std        how far the gates of residual stream m open, if the reader has any
-    memory/gate_L/seen_<bucket>_mean, _std    the same over all streams, by how often the n-gram was seen before
-    memory/staleness_L/mean, /max             steps since a row that is read was last updated
-    memory/hit_rate_L                         distinct rows that lie in the fast tier
+    memory/collision_L/order<n>_worst_head    the same for the head with the largest share
+    memory/gate_L/stream<m>_mean, _std        gates of residual stream m, if the reader has gates
+    memory/gate_L/seen_<bucket>_mean, _std    gates of all streams, by the number of batches that had the n-gram before
+    memory/staleness_L/mean, /max             steps since the rows that are read were last updated
+    memory/hit_rate_L                         share of the distinct rows that lie in the fast tier
 
-Seen how often? A row counts the updates that touched it (`TableState.uses`), so "seen" means seen in that many
-batches. All heads of an order see the same n-gram, and every one of them counts at least its batches: the least count
-is an estimate of it that is never too low (a count-min sketch), and 1 - least / count a lower bound of the share of a
-head's row that other n-grams have. It is exact where one head has the n-gram alone. The heads of an order have nearly
-the same number of rows and so expect the same share: their mean says how full the table is, and a worst head far above
-it that a hash is unfit.
+A row counts the updates that touched it (`TableState.uses`), so n-grams are counted in batches. All heads of an order
+read the same n-gram, and each head counts at least the batches that had it. So the least count of the heads is never
+below the true count (a count-min sketch), and 1 - least / count is a lower bound of the share of a head's row that
+belongs to other n-grams. It is exact if the n-gram has the row of one head alone. The heads of an order have nearly the
+same number of rows, so their shares should be alike: the mean tells how full the table is, and a much larger worst head
+shows an unsuitable hash.
 
-A number of which the batch has no instance (an empty bucket; staleness before the first update) is NaN, which whoever
-writes it down leaves out.
+A metric without instances in the batch (an empty bucket; staleness before the first update) is NaN; loggers leave NaN
+out.
 
 Legend: B batch, T seq, H rows per token, O orders, K heads per order, M residual streams, S shards, U rows of a list.
 """
@@ -41,13 +41,13 @@ from engram_jax.sharding import spec
 Metrics = dict[str, jax.Array]
 
 BUCKETS = {"0": (0, 0), "1_3": (1, 3), "4_15": (4, 15), "16_63": (16, 63), "64_up": (64, 2**31 - 1)}
-"""Batches an n-gram of the highest order was seen in so far: first and last of each bucket."""
+"""Smallest and largest number of earlier batches with an n-gram of the highest order, by bucket."""
 
 
 def make_monitor(parts: Parts) -> Callable[..., Metrics]:
     """Jitted `metrics = monitor(state, batch, plan, loaded=None)`: float32 scalars. Nothing is donated.
 
-    Without `loaded` the plan's rows are loaded; with tables outside the program it must be given.
+    `loaded`: the plan's rows; required if the tables lie outside the program. None: the monitor loads them.
     """
     store = parts.store
 
@@ -61,7 +61,7 @@ def make_monitor(parts: Parts) -> Callable[..., Metrics]:
         metrics = {}
         for layer in plan:
             uses_BTOK = uses[layer][..., 0].reshape(*real_BT.shape, -1, store.config.engram_n_heads)
-            if sharding := spec("batch", "seq", None, None):  # rows lie as the exchange cut them: along T as well
+            if sharding := spec("batch", "seq", None, None):  # the exchange cuts rows along T as well
                 uses_BTOK = jax.reshard(uses_BTOK, sharding)
             numbers = {f"collision_{layer}/{name}": x for name, x in collisions(uses_BTOK, real_BT).items()}
             seen_BT = jnp.min(uses_BTOK[:, :, -1], axis=-1)
@@ -81,7 +81,7 @@ def make_monitor(parts: Parts) -> Callable[..., Metrics]:
 
 
 def collisions(uses_BTOK: jax.Array, real_BT: jax.Array) -> Metrics:
-    """By order, the share of a row's updates that belong to other n-grams; 0 for rows that no update has touched."""
+    """By order, the share of a row's updates that belong to other n-grams; 0 for rows without updates."""
     least_BTO1 = jnp.min(uses_BTOK, axis=-1, keepdims=True)
     own_BTOK = jnp.where(uses_BTOK > 0, least_BTO1 / jnp.maximum(uses_BTOK, 1), 1.0)
     share_OK = jnp.mean(1 - own_BTOK, axis=(0, 1), where=_like(real_BT, own_BTOK))
@@ -92,7 +92,7 @@ def collisions(uses_BTOK: jax.Array, real_BT: jax.Array) -> Metrics:
 
 
 def gate_spread(gate_BTM: jax.Array, seen_BT: jax.Array, real_BT: jax.Array) -> Metrics:
-    """Mean and standard deviation of the gates, by stream and by how often the n-gram was seen."""
+    """Mean and standard deviation of the gates, by stream and by the number of batches that had the n-gram."""
     gate_BTM, real_BTM = gate_BTM.astype(jnp.float32), _like(real_BT, gate_BTM)
     mean_M, std_M = (f(gate_BTM, axis=(0, 1), where=real_BTM) for f in (jnp.mean, jnp.std))
     metrics = {}
@@ -115,7 +115,7 @@ def staleness(uses_U: jax.Array, last_U: jax.Array, step: jax.Array) -> Metrics:
 
 
 def _gates(parts: Parts, state: TrainState, batch: Batch, rows: MemoryRows) -> dict[str, jax.Array]:
-    """Each Engram layer's gates: [B, T, M]. What follows the last of them is dead code to the compiler."""
+    """Each Engram layer's gates: [B, T, M]. The compiler leaves out the layers after the last gate."""
     model = parts.model(state.params, state.buffers)
     recorders = {layer: RecordingReader(reader) for layer, reader in model.engram.items()}
     model.engram = nnx.Dict(recorders)  # type: ignore[assignment]  # called as a reader is

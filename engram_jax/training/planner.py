@@ -1,9 +1,9 @@
-"""Plans that fit: the shapes of the exchange are static, and this is who chooses them.
+"""The planner: makes the plans of a run's batches and chooses the static shapes of their exchange.
 
-A plan is integers only and needs nothing but tokens, so it is made ahead of the step that uses it. Blocks and lists
-start at what evenly spread ids would need, are then cut to what the first batch needed plus SLACK, and grow when a
-batch needs more: that batch is planned again, larger, before any step sees it. Nothing overflows in silence, nothing
-is dropped, and the numbers of a run do not depend on the shapes.
+A plan has only integers and depends only on tokens, so it is made before the step that uses it. Blocks and lists start
+with the sizes that evenly spread ids need. After the first batch they get the sizes that it needed plus SLACK. When a
+batch needs more, the sizes grow and that batch is planned again before any step uses it. So no lookup is dropped, and
+the numbers of a run do not depend on the shapes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from engram_jax.memory.store import MemoryStore
 from engram_jax.runs.state import Batch
 
 SLACK = 1.1
-"""Room over what the largest block of the first batch needed. What travels is then 1.11 to 1.13 times what the busiest
-device asks for (standard-library text, 8 devices); devices whose text repeats more send more empty places."""
+"""Sizes relative to the largest block of the first batch. Devices then send 1.11 to 1.13 times what the busiest device
+asks for (standard-library text, 8 devices); devices with more repetitive text send more empty places."""
 MULTIPLE = 8
+"""Sizes are multiples of this."""
 
 
 class Planner:
@@ -32,12 +33,13 @@ class Planner:
     def __init__(self, store: MemoryStore, log: Callable[[str], None] = print):
         self._store, self._log = store, log
         self._capacities: dict[str, Capacity] | None = None
-        self._exchanges = store.shards > 1 and bool(store.layers)  # one device knows its places beforehand
+        self._exchanges = store.shards > 1 and bool(store.layers)  # on one device the sizes follow from the batch
         self._tuned = False
         self._plan = jax.jit(self._plan_tokens, static_argnums=2)
         self.replanned = 0
 
     def start(self, batch: Batch) -> MemoryPlan:
+        """The batch's plan with the present sizes, which it may overflow; does not wait for it."""
         store, tokens = self._store, batch["tokens"]
         if self._exchanges and self._capacities is None:
             lookups = tokens.size // store.shards * store.config.num_rows_per_token
@@ -47,10 +49,10 @@ class Planner:
         return self._plan(tokens, batch["segment_ids"], sizes)
 
     def finish(self, batch: Batch, plan: MemoryPlan) -> MemoryPlan:
-        """The batch's plan, made again as often as it takes to fit.
+        """The batch's plan, made again with larger sizes until it fits.
 
         Raises:
-          RunError: an id is no row of its table, or was damaged on its way.
+          RunError: an id lies outside its table, or a request was damaged on its way.
         """
         if not self._exchanges:
             return plan
@@ -83,11 +85,11 @@ class Planner:
         return self._store.plan(tokens, segment_ids, dict(sizes) if sizes else None)
 
     def _is_outdated(self, plan: MemoryPlan) -> bool:
-        """Made before the shapes last grew: one more pair of shapes would be one more compile of the step."""
+        """Whether the plan was made with earlier sizes; the step would have to compile for them as well."""
         return self._capacities != {layer: capacity(p) for layer, p in plan.items()}
 
     def _enlarged(self, layer: str, given: Capacity, need: Capacity) -> Capacity:
-        """Grown where it is too small, and there only: places that travel empty cost as much as full ones."""
+        """The given sizes, grown only where they are too small: empty places cost as much as full places."""
         grown = self._grown(layer, need)
         return Capacity(*(new if n > old else old for old, new, n in zip(given, grown, need, strict=True)))
 
@@ -105,9 +107,9 @@ def _need(plan: Any) -> Capacity:
 
 
 class PlannedBatches:
-    """A run's batches on the devices, each with its plan, and a look at the plan that follows."""
+    """A run's batches on the devices, each with its plan; knows the plan of the next batch too."""
 
-    AHEAD = 3  # the current batch, the one whose rows may be read already, and one whose plan is on its way
+    AHEAD = 3  # the current batch, the next batch, whose rows may be read already, and one that is being planned
 
     def __init__(self, batches: Iterator[Batch], planner: Planner):
         self._batches, self._planner = batches, planner
@@ -124,6 +126,7 @@ class PlannedBatches:
 
     @property
     def current(self) -> tuple[Batch, MemoryPlan]:
+        """The current batch and its plan."""
         self._fill(1)
         return self._finished[0]
 
@@ -134,6 +137,6 @@ class PlannedBatches:
         return self._finished[1][1]
 
     def advance(self) -> None:
-        """Leaves the current batch behind."""
+        """Makes the next batch the current one."""
         self._fill(1)
         self._finished.popleft()

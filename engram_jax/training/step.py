@@ -1,10 +1,10 @@
-"""One training step and one evaluation step: the only compiled functions of a run.
+"""The training step and the evaluation step: the compiled functions in which a run spends its time.
 
     plan -> load -> rows -> [ loss and gradients, in grad_accum parts ] -> reduce -> clip -> advance -> save
 
-The rows of the whole batch are fetched before the first part and updated after the last. Nothing in the differentiated
-function is as large as a table. Plans are made ahead (training/planner.py); with `next_plan` the rows of the next batch
-are read while this one is computed, from the tables as they were before its update, and patched with what it changed.
+The rows of the whole batch are fetched before the first part and updated after the last part. Nothing in the
+differentiated function is as large as a table. Plans are made ahead (training/planner.py). With `next_plan`, the step
+reads the rows of the next batch before it writes this batch's update, and then replaces those that the update changed.
 
 Legend: B batch, T seq, A accumulation parts.
 """
@@ -36,17 +36,21 @@ Metrics = dict[str, jax.Array]
 def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, LoadedRows | None]]:
     """Jitted `state, metrics, loaded = step(state, batch, plan, loaded=None, next_plan=None)`.
 
-    State and loaded rows are donated. Without `loaded` the step loads the plan's rows itself. It returns the rows of
-    `next_plan` if that is given; with tables outside the program (memory.placement=numpy) this batch's rows, for the
-    caller to save; else None. Frozen tables (optimizer.table_optimizer) are never written: there is nothing to save,
-    and `loaded` is not donated.
+    State and loaded rows are donated. Without `loaded` the step loads the plan's rows itself. The third result is
+
+    * the rows of `next_plan`, if it is given;
+    * this batch's updated rows, if the tables lie outside the program (`Placement.in_program`): the caller saves them;
+    * otherwise None.
+
+    A row optimizer that moves no rows (`RowOptimizer.moves_rows`) writes no tables: there is nothing to save, and
+    `loaded` is not donated.
     """
     config, store = parts.config, parts.store
     accum = config.train.grad_accum
     moves_rows = store.optimizer.moves_rows
 
     def loss(params, rows, buffers, batch, total_count):
-        """This part's share of the batch's mean loss, so that parts add up to the gradient of the whole batch."""
+        """This part's share of the batch's mean loss: the gradients of the parts add up to the batch's gradient."""
         model = parts.model(_resting(params, config.optimizer.frozen), buffers)
         rows = rows if moves_rows else jax.lax.stop_gradient(rows)
         hidden_BTD, stats = model.hidden(batch["tokens"], rows, batch["segment_ids"], batch["positions"])
@@ -79,7 +83,7 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, Lo
         next_plan: MemoryPlan | None = None,
     ) -> tuple[TrainState, Metrics, LoadedRows | None]:
         early = store.load(state.memory, next_plan) if next_plan is not None else None
-        # The barrier keeps what follows the same program, and so the same bits, however the rows were read.
+        # Behind the barrier the program, and so every bit, is the same whether rows are read here or earlier.
         current: LoadedRows = jax.lax.optimization_barrier(loaded or store.load(state.memory, plan))
         rows = store.rows(current, plan, state.step)
         (cross_entropy, stats), (grads, row_grads) = gradients(state.params, rows, state.buffers, batch)
@@ -113,19 +117,19 @@ def make_train_step(parts: Parts) -> Callable[..., tuple[TrainState, Metrics, Lo
         return new_state, metrics, loaded
 
     at_rest = TrainState(None, None, None, None, MemoryState(store.tables_at_rest(), None))  # type: ignore[arg-type]
-    donated = (0, 3) if moves_rows else 0  # rows that are only read become nothing
+    donated = (0, 3) if moves_rows else 0  # rows that are only read have no result to be donated to
     return jax.jit(train_step, donate_argnums=donated, out_shardings=(at_rest, None, None))
 
 
 def _resting(params: dict, patterns: tuple[str, ...]) -> dict:
-    """Params without gradients where they are frozen: XLA then leaves out what would compute them."""
+    """Params with gradients stopped where they are frozen: XLA then does not compute these gradients."""
     if not patterns:
         return params
     return jax.tree.map(lambda x, rests: jax.lax.stop_gradient(x) if rests else x, params, is_frozen(params, patterns))
 
 
 def _with_moving_router(stats: dict[str, MoEStats], params: dict, config: RunConfig) -> dict[str, MoEStats]:
-    """Of the MoE stacks, those whose balancing bias may move: a frozen router is not to be pushed about by a bias."""
+    """The MoE stacks with a trained router: the balancing bias of a frozen router does not move either."""
     if not config.optimizer.frozen:
         return stats
     blocks = is_frozen(params, config.optimizer.frozen)["blocks"]
@@ -141,12 +145,12 @@ def _update_rows(
     early: LoadedRows | None,
     next_plan: MemoryPlan | None,
 ) -> tuple[MemoryState, LoadedRows | None]:
-    """The tables after this batch, and what the step hands on: the next batch's rows, or rows to save outside."""
+    """The tables after this batch, and the rows that the step returns: the next batch's, or updated rows to save."""
     if store.optimizer.whole_table:
         return store.update(state.memory, plan, row_grads, state.step), None
     if early is None and store.placement.on_device:
-        # Read once more: kept over the whole step, rows and moments take 4.4 GB of engram_27b's chip on v5p-64 where
-        # reading takes milliseconds. What the barrier hides from XLA is that it would be the same reading.
+        # Reads the rows a second time. Kept over the whole step, rows and moments take 4.4 GB of a chip in engram_27b
+        # on v5p-64, and reading them takes milliseconds. The barrier hides from XLA that both readings are the same.
         owned = {layer: row_plan.owned_U for layer, row_plan in plan.items()}
         tied: tuple[dict, dict] = jax.lax.optimization_barrier((owned, row_grads))
         plan = {layer: replace(row_plan, owned_U=tied[0][layer]) for layer, row_plan in plan.items()}
@@ -154,7 +158,7 @@ def _update_rows(
     moved = store.advance(loaded, plan, row_grads, state.step)
     if early is None or next_plan is None:
         return store.save(state.memory, plan, moved), None if store.placement.in_program else moved
-    # Without the barrier nothing says that the tables are read before they are overwritten, and XLA would copy them.
+    # Without the barrier XLA does not know that the tables are read before they are overwritten, and copies them.
     both: tuple[LoadedRows, LoadedRows] = jax.lax.optimization_barrier((early, moved))
     early, moved = both
     return store.save(state.memory, plan, moved), store.patch(early, next_plan, moved, plan)
@@ -165,7 +169,7 @@ def _memory_metrics(store: MemoryStore, plan: RowPlan) -> Metrics:
     asked = requests(plan)
     places = capacity(plan).pair * store.shards
     return {
-        "distinct_share": asked / plan.ids_BTH.size,  # of the lookups, what is left when each device asks once
+        "distinct_share": asked / plan.ids_BTH.size,  # share of the lookups that devices ask for
         "exchange_mb": jnp.float32(places * row_bytes / 1e6),  # per device and direction
         "exchange_overflow": overflow(plan),
     }

@@ -2,11 +2,9 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -219,7 +217,9 @@ def test_help_of_a_file_lists_its_runs(capsys):
 
 def test_an_unknown_function_gets_the_nearest_and_those_that_return_runs(capsys):
     above, error = refused(capsys, "my_runs.py:smal")
-    assert not above and error.startswith("my_runs.py has no function 'smal'; the nearest is 'small'. It declares small,")
+    assert not above and error.startswith(
+        "my_runs.py has no function 'smal'; the nearest is 'small'. It declares small,"
+    )
     assert "number" not in error and "needs" not in error
     assert "has no function 'RunConfig'" in refused(capsys, "my_runs.py:RunConfig")[1]
 
@@ -250,7 +250,10 @@ def test_without_annotations_the_functions_without_arguments_are_named(capsys):
         (["my_runs.py:needs"], "my_runs.py:needs needs the arguments width, depth: give them defaults"),
         (["my_runs.py:small", "my_runs.py:small"], "two runs are called 'small'"),
         (["my_runs.py:small", "my_runs.py:smal"], "has no function 'smal'"),
-        (["my_runs.py:small", "--train.stpes", "5"], "there is no option '--train.stpes'; the nearest is '--train.steps'"),
+        (
+            ["my_runs.py:small", "--train.stpes", "5"],
+            "there is no option '--train.stpes'; the nearest is '--train.steps'",
+        ),
         (["my_runs.py:small", "--run_dri", "x"], "there is no option '--run_dri'; the nearest is '--run_dir'"),
         (["my_runs.py:small", "--train.steps", "many"], "--train.steps: 'many' is not a whole number."),
         (["my_runs.py:small", "--data.corpus", "a.txt", "b.txt"], "'b.txt' after --data.corpus is one word too many"),
@@ -348,15 +351,6 @@ def own() -> RunConfig:
 
 
 @pytest.fixture
-def compiled_programs():
-    """The run sets where compiled programs are kept; that is taken back."""
-    name = "jax_compilation_cache_dir"
-    before = jax.config.values[name]
-    yield
-    jax.config.update(name, before)
-
-
-@pytest.fixture
 def half_adagrad():
     yield
     if "half_adagrad" in registries.ROW_OPTIMIZERS:
@@ -367,8 +361,9 @@ def losses(run_dir):
     return {line["step"]: line["loss"] for line in read_metrics(Path(run_dir)) if "loss" in line}
 
 
-def test_a_file_trains_with_a_variant_of_its_own_and_resumes(capsys, files, compiled_programs, half_adagrad):
-    """In this process, then resumed, sampled from and evaluated in processes that know of the file by name alone."""
+def test_a_file_trains_with_a_variant_of_its_own_and_resumes(capsys, files, monkeypatch, half_adagrad):
+    """The variant is known again only where the file is run again, as in a new process."""
+    monkeypatch.setattr("engram_jax.commands.run_options.keep_compiled_programs", lambda config: None)
     words = np.random.default_rng(3).choice(["def", "self", "return", "value", "import", "none"], (60, 40))
     (files / "corpus").mkdir()
     for i, line in enumerate(words):
@@ -380,24 +375,21 @@ def test_a_file_trains_with_a_variant_of_its_own_and_resumes(capsys, files, comp
     whole = losses("runs/own")
     assert set(whole) == {1, 2, 3} and whole[3] < whole[1]
 
-    def command(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "engram_jax", *words], capture_output=True, text=True, cwd=files, check=False
-        )
+    def forget():
+        registries.ROW_OPTIMIZERS.unregister("half_adagrad")
+        del sys.modules["engram_jax_user_own_runs"]
 
     # As after a crash in the third step: the same command goes on from the second.
+    forget()
     shutil.rmtree("runs/own/checkpoints/3")
     Path("runs/own/result.json").unlink()
-    resumed = command("train", "own_runs.py:own")
-    assert resumed.returncode == FINISHED, resumed.stderr
-    assert "Resumed at step 2 of 3." in resumed.stdout and "Done: own, 3 steps" in resumed.stdout
+    assert main(["train", "own_runs.py:own"]) == FINISHED
+    said = capsys.readouterr().out
+    assert "Resumed at step 2 of 3." in said and "Done: own, 3 steps" in said
     assert losses("runs/own") == whole
 
-    text = command("--with", "own_runs.py", "sample", "runs/own", "def", "--max_tokens", "3", "--temperature", "0")
-    assert text.returncode == FINISHED and text.stdout.startswith("def"), text.stderr
-    without = command("sample", "runs/own", "def")
-    assert without.returncode == MISTAKEN and "half_adagrad" in without.stderr.splitlines()[-1]
-    assert main(["evaluate", "runs/own", "--limit", "2"]) == FINISHED
-    assert "loss" in capsys.readouterr().out and list(Path("runs/own/evaluations").glob("*.json"))
-    result = engram_jax.evaluate("runs/own", limit=2)
-    assert result.metrics["perplexity"].value == pytest.approx(np.exp(result.metrics["loss"].value))
+    forget()
+    assert main(["export", "runs/own", "exported"]) == MISTAKEN
+    assert "half_adagrad" in capsys.readouterr().err.splitlines()[-1]
+    assert main(["--with", "own_runs.py", "export", "runs/own", "exported"]) == FINISHED
+    assert Path("exported/config.json").is_file()

@@ -221,13 +221,14 @@ def _check_tpu(arguments: list[str], monkeypatch) -> None:
     ours = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), word) for word in arguments[:bare]]
     if not ours or ours == ["VERB"]:
         return
-    try:
-        options = parser().parse_args(["create" if word == "VERB" else word for word in ours])
-    except SystemExit as stopped:
-        assert stopped.code == 0, f"refused: python -m tpu {shlex.join(arguments)}"
-        return
+    runs: list[str] = []
+
+    def parse(words: list[str]) -> int:
+        runs.append(getattr(parser().parse_args(words), "run", ""))
+        return 0
+
+    _accepted(parse, ["create" if word == "VERB" else word for word in ours])
     overrides = arguments[bare + 1 :]
-    run = getattr(options, "run", None)
-    if overrides and isinstance(run, str):
+    if overrides and runs and runs[0]:
         _stub_experiments(monkeypatch)
-        _accepted(importlib.import_module("experiments.run").main, [run, *overrides])
+        _accepted(importlib.import_module("experiments.run").main, [runs[0], *overrides])

@@ -111,9 +111,7 @@ def save_run(config: RunConfig, run_dir, seed: int) -> None:
         with Checkpoints(run_dir / "checkpoints", config.checkpoint, parts, silent) as checkpoints:
             checkpoints.save(4, state, run_folder.meta(parts.config, text, parts))
             checkpoints.wait()
-    write_json(
-        run_dir / "result.json", {"corpus_sha256": text.corpus_sha256, "loss": 4.0, "bits_per_byte": 2.0}
-    )
+    write_json(run_dir / "result.json", {"corpus_sha256": text.corpus_sha256, "loss": 4.0, "bits_per_byte": 2.0})
 
 
 @pytest.fixture(scope="session")

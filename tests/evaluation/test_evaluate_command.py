@@ -137,7 +137,7 @@ def test_the_paper_beside_it(capsys, runs, counting):
         (["{run}", "--perplexity.strid", "3"], 2, "'--perplexity.strid'; the nearest is '--perplexity.stride'"),
         (["{run}", "--corpu", "x"], 2, "the nearest is '--corpus'"),
         (["{run}", "--perplexity.stride", "-3"], 2, "perplexity.stride=-3"),
-        (["{run}", "--memory_scale", "7=0"], 2, "no Engram layer is called '7'"),
+        (["{run}", "--memory_scale", "7=0"], 2, "'7' is not an Engram layer"),
         (["{bare}", "--memory_scale", "0"], 2, "no memory to scale"),
         (["{run}", "{bare}", "--output", "x"], 2, "--output=x"),
         (["{run}", "--name", "a/b"], 2, "name='a/b'"),

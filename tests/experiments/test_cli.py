@@ -71,7 +71,11 @@ def test_help_of_a_run_shows_fields_with_their_defaults(capsys):
     assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert "Does memory beat experts" in out
-    assert "--model.engram.engram_layer_ids" in out and "(default: 1 2)" in out and "Hash heads per order." in out
+    assert (
+        "--model.engram.engram_layer_ids" in out
+        and "(default: 1 2)" in out
+        and "Hash heads per order, at least 1." in out
+    )
 
 
 def test_a_run_is_trained_with_its_overrides(trained):

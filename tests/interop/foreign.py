@@ -11,8 +11,8 @@ from flax import nnx
 from engram_jax.config import ModelConfig, OptimizerConfig
 from engram_jax.layers.engram import EngramReader
 from engram_jax.memory.quantized import FrozenFP8
-from engram_jax.registries import ROW_OPTIMIZERS
 from engram_jax.memory.store import MemoryStore
+from engram_jax.registries import ROW_OPTIMIZERS
 
 D, M, LAYER = 48, 4, 1
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 13)).astype(np.int32)

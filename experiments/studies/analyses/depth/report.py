@@ -140,7 +140,7 @@ def sentences(found: Verdict) -> list[str]:
 
 
 def _nothing(by: OverSeeds) -> str:
-    return "nothing found beyond the spread over seeds" if len(by.values) > 1 else "one seed alone shows nothing"
+    return "no difference found beyond the spread over seeds" if len(by.values) > 1 else "one seed alone shows nothing"
 
 
 def listed(by: OverSeeds, unit: str) -> str:
