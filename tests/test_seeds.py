@@ -63,22 +63,25 @@ def test_workers_draw_the_numbers_of_one_process(run):
     split.stdout.fnmatch_lines(["seed of random tests: 7 (--seed 7 replays them)"])
 
 
-UNSEEDED = {"default_rng", "Generator", "SeedSequence", "Random", "SystemRandom"}
+MADE_WITH_A_SEED = {"default_rng", "Generator", "SeedSequence", "Random"}
 
 
 def unseeded(source: str) -> list[int]:
-    """Lines that draw numbers nobody can draw again: a generator made without a seed, or Python's own."""
-    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
-    named = [(call, ast.unparse(call.func).split(".")) for call in calls]
-    return [
-        call.lineno
-        for call, name in named
-        if (name[-1] in UNSEEDED and not (call.args or call.keywords)) or name[0] in ("random", "secrets")
-    ]
+    """Lines that draw numbers nobody can draw again: from a generator made without a seed, or from Python's own."""
+    nodes = list(ast.walk(ast.parse(source)))
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    lines = []
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        *prefix, name = ast.unparse(call.func).split(".")
+        seedless = name in MADE_WITH_A_SEED and not (call.args or call.keywords)
+        own = prefix in (["random"], ["secrets"]) and prefix[0] in modules and name not in MADE_WITH_A_SEED
+        lines += [call.lineno] * (seedless or own)
+    return lines
 
 
 def test_no_test_draws_without_a_seed():
     assert unseeded("import random\nrng = np.random.default_rng()\nrandom.randint(1, 4)\nrng.integers(3)") == [2, 3]
+    assert not unseeded("import random\nrng = np.random.default_rng(3)\nrandom.Random(3).randint(1, 4)")
     tests = Path(__file__).parent
     found = {
         f"{file.relative_to(tests)}:{line}"

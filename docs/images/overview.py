@@ -49,7 +49,7 @@ def diagram(axes: Axes) -> None:
     arrow(axes, (7.9, 2.5), (7.9, 3.3), MEMORY)
     arrow(axes, (6.1, 3.7), (2.25, 2.85), MEMORY)
     axes.text(4.9, 2.78, "gate", color=MEMORY, fontsize=9, ha="center")
-    axes.text(2.35, 5.6, "× layers", color=INK, fontsize=8, ha="left")
+    axes.text(2.35, 5.6, "for each layer", color=INK, fontsize=8, ha="left")
     axes.set_title("Experts compute, the memory is looked up", fontsize=10, fontweight="bold", loc="left")
 
 

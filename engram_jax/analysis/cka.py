@@ -1,10 +1,10 @@
-"""CKA: how alike two models' states of the same tokens are, layer by layer, whatever their bases; and which layer of
-one model a layer of another is most like.
+"""CKA: how alike two models' states of the same tokens are, layer by layer, in any basis; and soft alignment: which
+layer of one model a layer of the other is most like.
 
     CKA(K, L) = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)),    K = X X^T, L = Y Y^T
 
-HSIC by its unbiased estimate (Song et al. 2012, eq. 5), averaged over minibatches before the division (Nguyen et al.
-2021), as the paper has it (section 6.1). Unlike the biased one it does not approach 1 where tokens are fewer than
+HSIC is the unbiased estimate (Song et al. 2012, eq. 5), averaged over minibatches before the division (Nguyen et al.
+2021), as in the paper (section 6.1). Unlike the biased estimate, it does not approach 1 with fewer tokens than
 dimensions. It may fall slightly below 0.
 
 Legend: A layers of one model, B of the other, N tokens of a minibatch, D hidden size (either model's own).
@@ -23,7 +23,7 @@ from engram_jax.config import require
 from engram_jax.pictures import SMALL
 
 FEW_CELLS = 64
-"""Of a heat map, at most, that have their values written in."""
+"""Most cells of a heat map that shows its numbers."""
 
 
 def cka(batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -32,10 +32,10 @@ def cka(batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     Rotations, reflections, shifts and uniform scalings of either model's states change nothing.
 
     Args:
-      batches: of (x_AND, y_BND): both models' states of the same N tokens, in the same order.
+      batches: pairs (x_AND, y_BND), both models' states of the same N tokens in the same order.
 
     Raises:
-      ConfigError: no batch, or one of fewer than 4 tokens, of which HSIC has no unbiased estimate.
+      ConfigError: there is no batch, or one has fewer than 4 tokens: HSIC then has no unbiased estimate.
     """
     both = ours = theirs = None
     for x_AND, y_BND in batches:
@@ -49,8 +49,8 @@ def cka(batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 
 
 def minibatches(x_AND: np.ndarray, y_BND: np.ndarray, size: int = 256, seed: int = 0):
-    """The tokens in random order, `size` at a time, so that a minibatch is not of one document. A rest is left out
-    unless it is all there is.
+    """The tokens in random order, `size` at a time, so that a minibatch mixes documents. Left-over tokens are dropped,
+    unless there are fewer than `size` in all.
 
     Raises:
       ConfigError: a size below 4.
@@ -84,14 +84,14 @@ def _hsic(k_ANN: np.ndarray, l_BNN: np.ndarray) -> np.ndarray:
 
 
 def _hsic_with_itself(k_ANN: np.ndarray) -> np.ndarray:
-    """[A]"""
+    """The estimate for each layer with itself: [A]."""
     return np.array([_hsic(k[None], k[None])[0, 0] for k in k_ANN])
 
 
 def soft_alignment(similarity_AB: np.ndarray, k: int) -> np.ndarray:
-    """Which layer of the first model each layer of the second is like, the paper's a_j (eq. 9): float64 [B].
+    """The layer of the first model that each layer of the second is like, the paper's a_j (eq. 9): float64 [B].
 
-    The mean of the `k` most similar layers' numbers (0-based), weighted by similarity. The paper: k = 5 of 30.
+    It is the mean of the numbers (from 0) of the `k` most similar layers, weighted by similarity. Paper: k = 5 of 30.
 
     Raises:
       ConfigError: k is not in 1..A.
@@ -106,7 +106,7 @@ def soft_alignment(similarity_AB: np.ndarray, k: int) -> np.ndarray:
 def draw_cka(
     axes: Axes, similarity_AB: np.ndarray, alignment_B: np.ndarray | Sequence[float], rows: str, columns: str
 ) -> None:
-    """A heat map, layer 0 of both at the lower left, with the line of soft alignment and the diagonal beside it."""
+    """Draws a heat map with layer 0 of both at the lower left, the line of soft alignment, and the diagonal."""
     image = axes.imshow(similarity_AB, cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="equal")
     layers = np.arange(similarity_AB.shape[1])
     axes.plot(layers, layers, "--", color="white", linewidth=1, label="same layer")
@@ -134,7 +134,7 @@ def draw_cka(
 
 
 def plot_cka(similarity_AB: np.ndarray, k: int, rows: str, columns: str) -> Figure:
-    """`draw_cka` with `soft_alignment`, as a figure of its own; save it with `figure.savefig`."""
+    """A figure of `draw_cka` with `soft_alignment`; save it with `figure.savefig`."""
     figure = Figure(figsize=(5, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     draw_cka(axes, similarity_AB, soft_alignment(similarity_AB, k), rows, columns)

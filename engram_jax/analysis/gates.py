@@ -1,4 +1,4 @@
-"""How far the gates open for each token of a text: where the model uses what its memory returns.
+"""The gates of a memory for each token of a text: they are open where the model uses its memory.
 
 Legend: B batch, T tokens, H rows per token, D hidden size, M residual streams.
 """
@@ -31,10 +31,10 @@ LENGTH_MULTIPLE = 64  # texts of similar length share a compilation
 def token_gates(
     parts: Parts, state: TrainState, tokenizer: Tokenizer, text: str
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The tokens of `text`, as they read, and each Engram layer's gates for them: float [T, M] in 0..1.
+    """The tokens of `text` as strings, and each Engram layer's gates for them: float [T, M] in 0..1.
 
     Raises:
-      ConfigError: the model has no memory, or the text no tokens.
+      ConfigError: the model has no memory, or the text has no tokens.
     """
     require(parts.config.model.engram.enabled, "engram_layer_ids=(): this model has no memory, and so no gates.")
     ids = tokenizer.encode(text)
@@ -81,7 +81,7 @@ def one_document(parts: Parts, buffer_T: jax.Array, length: jax.Array) -> tuple[
 
 
 def plot_gates(tokens: Sequence[str], gates: Mapping[str, np.ndarray]) -> Figure:
-    """A heat map with the tokens along x and a row for each stream of each layer; save it with `figure.savefig`."""
+    """A heat map: tokens along x, a row for each stream of each layer. Save it with `figure.savefig`."""
     streams = sum(gate_TM.shape[1] for gate_TM in gates.values())
     figure = Figure(figsize=(2.5 + 0.32 * len(tokens), 1.6 + 0.3 * streams), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -96,7 +96,7 @@ def plot_gates(tokens: Sequence[str], gates: Mapping[str, np.ndarray]) -> Figure
 
 
 def draw_gates(axes: Axes, tokens: Sequence[str], gates: Mapping[str, np.ndarray]) -> AxesImage:
-    """The heat map itself; colours from 0 to 1 in every one, so that they can be compared."""
+    """Draws the heat map. Colours go from 0 to 1 in every map, so that maps can be compared."""
     rows_RT = np.concatenate([gate_TM.T for gate_TM in gates.values()])
     labels = [f"layer {layer}, stream {m}" for layer, gate_TM in gates.items() for m in range(gate_TM.shape[1])]
     image = axes.imshow(rows_RT, cmap=COLOR_MAP, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -111,5 +111,5 @@ def draw_gates(axes: Axes, tokens: Sequence[str], gates: Mapping[str, np.ndarray
 
 
 def readable(token: str) -> str:
-    """The token with its white space shown."""
+    """The token with visible white space."""
     return token.replace(" ", "·").replace("\n", "\\n").replace("\t", "\\t")

@@ -1,6 +1,6 @@
-"""Gates over sentences as one HTML page that needs nothing else: no script, no font, no network.
+"""An HTML page of gates over sentences, complete in one file: no script, no font, no network.
 
-Every cell says its number, so that no reader depends on its colour; rows and columns are headed for screen readers.
+Every cell shows its number, so no reader depends on its colour. Rows and columns have headings for screen readers.
 
 Legend: T tokens, M residual streams.
 """
@@ -31,16 +31,18 @@ tr.saved td, tr.saved th { border-top: 1px solid #777; }
 
 @dataclass(frozen=True)
 class Sentence:
+    """A sentence and its gates."""
+
     caption: str
     tokens: Sequence[str]
     gates: Mapping[str, np.ndarray]
-    """By Engram layer: float [T, M] in 0..1."""
+    """Gates by Engram layer: float [T, M] in 0..1."""
     saved_T: np.ndarray | None = None
-    """Nats by which the memory lowers the loss of the token that follows each one."""
+    """Nats by which the memory lowers the loss of the next token, for each token."""
 
 
 def page(title: str, introduction: Sequence[str], sentences: Sequence[Sentence]) -> str:
-    """The document; `introduction` is one paragraph each."""
+    """The page's HTML. `introduction`: its paragraphs."""
     parts = [
         "<!doctype html>",
         '<html lang="en">',
@@ -81,6 +83,6 @@ def _cell(gate: float) -> str:
 
 
 def contrast_with_black(rgb: tuple[float, float, float]) -> float:
-    """WCAG 2's contrast ratio, (L + 0.05) / 0.05. With white it is 21 over this: one of the two is above 4.58."""
+    """WCAG 2's contrast ratio with black, (L + 0.05) / 0.05. With white it is 21 over this; one is above 4.58."""
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in rgb]
     return (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05) / 0.05

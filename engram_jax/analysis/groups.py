@@ -1,4 +1,4 @@
-"""Means of numbers of tokens by groups of tokens, with what is needed for their standard errors.
+"""Means of tokens' numbers by groups of tokens, with standard errors that are clustered by document.
 
 Legend: N tokens, C clusters (documents), G groups, S seeds.
 """
@@ -16,27 +16,27 @@ from engram_jax.evaluation.over_seeds import OverSeeds
 from engram_jax.evaluation.statistics import ratio
 
 PARTS = 25
-"""Of the documents, for the standard error of a rank correlation."""
+"""Parts of the documents, for the standard error of a rank correlation."""
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """One way to sort tokens."""
+    """One division of tokens into groups."""
 
     name: str
     labels: tuple[str, ...]
     group_N: np.ndarray
-    """int: index into labels; negative: in none of them."""
+    """int [N]: index into labels; negative: the token is in no group."""
 
     def of(self, label: str) -> np.ndarray:
-        """bool [N]: the tokens of a group."""
+        """bool [N], whether a token is in the group."""
         return self.group_N == self.labels.index(label)
 
 
 def tabulate(
     value_N: np.ndarray, group_N: np.ndarray, cluster_N: np.ndarray, num_groups: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of the values and numbers of tokens: float64 [C, G] both. NaN values are left out of both."""
+    """Sums of the values, and numbers of tokens: float64 [C, G] both. Tokens with NaN are left out."""
     clusters, cluster_N = np.unique(cluster_N, return_inverse=True)
     counted_N = (group_N >= 0) & ~np.isnan(value_N)
     cell_N = (cluster_N * num_groups + group_N)[counted_N]
@@ -54,7 +54,9 @@ def means(values_SN: Sequence[np.ndarray], grouping: Grouping, cluster_N: np.nda
 def quotients(
     over_SN: Sequence[np.ndarray], under_SN: Sequence[np.ndarray], grouping: Grouping, cluster_N: np.ndarray
 ) -> dict[str, OverSeeds]:
-    """By group, the sum of one number over its tokens divided by that of another. Groups where it is 0 are left out."""
+    """By group, the sum of one number over its tokens divided by the sum of another; groups with a sum of 0 are
+    left out.
+    """
     count = len(grouping.labels)
     over, under = (
         [tabulate(value_N, grouping.group_N, cluster_N, count)[0] for value_N in values]
@@ -74,9 +76,9 @@ def _ratios(tables: Sequence[tuple[np.ndarray, np.ndarray]], labels: Sequence[st
 
 
 def joined(by_seed: Sequence[dict[str, OverSeeds]]) -> dict[str, OverSeeds]:
-    """One-seed results whose seeds have texts of their own. Groups that one of them lacks are left out.
+    """Results of single seeds, each on its own text, as one result. Groups that a seed lacks are left out.
 
-    The texts may share documents, so the standard errors are averaged (as squares), not made smaller.
+    The texts may share documents, so the squares of the standard errors are averaged, and the error does not shrink.
     """
     found = {}
     for label in by_seed[0]:
@@ -89,16 +91,16 @@ def joined(by_seed: Sequence[dict[str, OverSeeds]]) -> dict[str, OverSeeds]:
 
 
 def minus(ours: OverSeeds, theirs: OverSeeds) -> OverSeeds:
-    """Seed by seed, on different texts: errors add as squares, too large where texts share documents."""
+    """Ours minus theirs, seed by seed, on different texts. Squares of errors add: too much for shared documents."""
     values = tuple(a - b for a, b in zip(ours.values, theirs.values, strict=True))
     known = ours.stderr is not None and theirs.stderr is not None
     return OverSeeds(values, math.hypot(ours.stderr, theirs.stderr) if known else None)  # type: ignore[arg-type]
 
 
 def rank_correlation(x_N: np.ndarray, y_N: np.ndarray, cluster_N: np.ndarray) -> OverSeeds:
-    """Spearman's, over the tokens where both are numbers; NaN where one does not vary.
+    """Spearman's rank correlation over the tokens where both are numbers; NaN if one of them does not vary.
 
-    The standard error is the jackknife's: from leaving out each cluster in turn, or each of PARTS parts of them.
+    The standard error is the jackknife's: each cluster is left out in turn, or each of PARTS parts of the clusters.
     """
     counted_N = ~(np.isnan(x_N) | np.isnan(y_N))
     x_N, y_N, cluster_N = x_N[counted_N], y_N[counted_N], cluster_N[counted_N]

@@ -1,4 +1,4 @@
-"""What a token looks like after every block: the residual streams' mean, which the final norm and the head also read.
+"""States of tokens after every block: the mean of the residual streams, which the final norm and the head read.
 
 Legend: B batch, T tokens, D hidden size, M residual streams, L states of a token: the embedding's and every block's.
 """
@@ -29,8 +29,8 @@ def layer_states(
 ) -> jax.Array:
     """The streams' mean before the first block (0) and after block i (i + 1): [blocks + 1, B, T, D] in `config.dtype`.
 
-    Arguments as of `Model.hidden`, whose result is the final norm of the last entry. An Engram layer stands before its
-    block, so what it adds shows first in that block's state.
+    The arguments are those of `Model.hidden`, whose result is the final norm of the last entry. An Engram layer stands
+    before its block, so its addition first shows in that block's state.
     """
     config = model.config
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
@@ -54,15 +54,15 @@ def layer_states(
 
 class StateBatch(NamedTuple):
     first: int
-    """Which of the sequences is row 0; the others follow. Rows behind the last sequence are padding."""
+    """Index of the sequence in row 0; the others follow. Rows after the last sequence are padding."""
     is_token_BT: np.ndarray
     states_LBTD: jax.Array
 
 
 def state_batches(model: EvaluatedRun, sequences: Sequence[np.ndarray]) -> Iterator[StateBatch]:
-    """`layer_states` of sequences of ids, each of which begins within one document: as many at a time as are scored.
+    """`layer_states` of sequences of ids from one document each, in batches of the size that scoring uses.
 
-    All are padded to one length, so one program is compiled.
+    All sequences are padded to one length, so one program is compiled.
 
     Raises:
       ConfigError: a sequence is empty.

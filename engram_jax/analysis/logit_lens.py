@@ -1,10 +1,10 @@
-"""The logit lens: what a model would predict if it ended after a block, and how far that is from what it does predict.
+"""The logit lens: the prediction of a model that ended after a block, and its distance from the real prediction.
 
-A state passes the final norm and the head as the last one does (nostalgebraist 2020). The distance is the
-Kullback-Leibler divergence, and the paper (section 6.1, figure 4a) does not say in which direction, so both are here:
+A block's state passes the final norm and the head, as the last block's state does (nostalgebraist 2020). The distance
+is the Kullback-Leibler divergence. The paper (section 6.1, figure 4a) does not say its direction, so both are here:
 
     final||layer   sum p_final log(p_final / p_layer): nats lost by coding the model's prediction with the layer's
-    layer||final   sum p_layer log(p_layer / p_final): punishes a layer for what the model then rules out
+    layer||final   sum p_layer log(p_layer / p_final): punishes a layer for what the model later rules out
 
 Legend: B batch, T tokens, C positions whose logits exist at a time, D hidden size, V vocabulary, L states of a token.
 """
@@ -42,12 +42,12 @@ def divergences(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 def logit_lens(
     model: EvaluatedRun, sequences: Sequence[np.ndarray], documents: Sequence[int] | None = None
 ) -> dict[str, list[Metric]]:
-    """Mean divergence over the positions that predict an id of their sequence, by direction: an entry for the embedding
-    and each block, the last of them 0.
+    """By direction, the mean divergence over the predicted ids: an entry for the embedding and for each block. The last
+    block's entry is 0.
 
     Args:
-      sequences: ids of documents with their bos, or windows of them (evaluation/windows.py), padded and batched here.
-      documents: which document each sequence is of; standard errors are clustered by it. None: each its own.
+      sequences: ids of documents with their bos, or windows of them (evaluation/windows.py); padded and batched here.
+      documents: number of each sequence's document, by which standard errors are clustered. None: one each.
 
     Raises:
       ConfigError: a sequence has no ids.
@@ -77,7 +77,7 @@ def logit_lens(
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _divergences(parts: Parts, chunk: int, state: TrainState, states_LBTD: jax.Array, start: jax.Array) -> jax.Array:
-    """float32 [2, L, B, C]."""
+    """Both divergences of every state, float32 [2, L, B, C]."""
     model = parts.model(state.params, state.buffers)
     states_LBCD = placed(jax.lax.dynamic_slice_in_dim(states_LBTD, start, chunk, axis=2), None, "batch", "seq", None)
 
@@ -91,7 +91,7 @@ def _divergences(parts: Parts, chunk: int, state: TrainState, states_LBTD: jax.A
 
 
 def draw_lens(axes: Axes, curves: Mapping[str, np.ndarray], first: int = -1) -> None:
-    """Curves [runs, L] by label: the mean over runs as a line, each run as dots. Layer `first` is the first entry."""
+    """Draws curves [runs, L] by label: the mean over runs as a line, each run as dots. `first`: number of entry 0."""
     for (label, curve_RL), (color, marker) in zip(curves.items(), STYLES * len(curves), strict=False):
         layers = first + np.arange(curve_RL.shape[1])
         axes.plot(layers, curve_RL.mean(0), color=color, linewidth=1.5, label=label)
@@ -106,7 +106,7 @@ def draw_lens(axes: Axes, curves: Mapping[str, np.ndarray], first: int = -1) -> 
 
 
 def plot_lens(lenses: Mapping[str, Sequence[Mapping[str, Sequence[Metric]]]]) -> Figure:
-    """A panel for each direction and a curve for each label, the mean of its runs; save it with `figure.savefig`."""
+    """A figure with a panel for each direction and a curve for each label; save it with `figure.savefig`."""
     figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
     for axes, direction in zip(figure.subplots(1, len(DIRECTIONS)), DIRECTIONS, strict=True):
         curves = {

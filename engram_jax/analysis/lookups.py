@@ -1,4 +1,4 @@
-"""What the memory gives a trained run at each token of a text: gates, and how used and how old the rows are.
+"""Lookups of a trained run's memory at each token of a text: gates, and the uses and the age of the rows.
 
 Legend: B batch, T seq, H rows per token, O orders, K heads per order, M residual streams.
 """
@@ -25,19 +25,19 @@ from engram_jax.sharding import placed
 
 
 class Lookup(NamedTuple):
-    """Of a sequence of T + 1 ids, the last of which is not read: by Engram layer, an entry for each of the others."""
+    """Lookups of a sequence of T + 1 ids, by Engram layer: an entry for each id but the last, which is not read."""
 
     gates: dict[str, np.ndarray]
     """float32 [T, M] in 0..1."""
     uses: dict[str, np.ndarray]
-    """float32 [T, O]: updates that touched the n-gram's rows, mean over an order's heads."""
+    """float32 [T, O]: updates of the n-gram's rows, mean over an order's heads."""
     ages: dict[str, np.ndarray]
-    """float32 [T, O]: steps since the last of them, mean over the order's heads that had one; NaN where none had. Empty
-    if the rows' optimizer does not keep the step (or the tables were imported without optimizer)."""
+    """float32 [T, O]: steps since the last update, mean over the order's heads that had one; NaN if none had. Empty if
+    the rows' optimizer does not keep the step, or the tables were imported without their optimizer."""
 
 
 def look_up(model: EvaluatedRun, sequences: Sequence[np.ndarray]) -> list[Lookup]:
-    """The lookups of documents, or pieces of them, as `EvaluatedRun.score` takes them; in the order given.
+    """The lookups of documents or pieces of them, as `EvaluatedRun.score` takes them, in their order.
 
     Raises:
       ConfigError: the model has no memory.
@@ -73,7 +73,7 @@ def _lookups(parts: Parts, state: TrainState, tokens_BT: jax.Array, segment_ids_
     gates = recorded_gates(parts, state, store.rows(loaded, plan, state.step), tokens_BT, segment_ids_BT)
 
     def by_order(numbers: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """One number for each loaded row -> [B, T, O, K], whole on every device."""
+        """One number for each loaded row, by lookup: [B, T, O, K], whole on every device."""
         sent = routing.send_rows({layer: x[:, None] for layer, x in numbers.items()}, plan, store.transport)
         shape = (*tokens_BT.shape, -1, store.config.engram_n_heads)
         return {layer: placed(x, None, None, None, None)[..., 0].reshape(shape) for layer, x in sent.items()}
@@ -87,7 +87,7 @@ def _lookups(parts: Parts, state: TrainState, tokens_BT: jax.Array, segment_ids_
 
 
 def with_memory(model: EvaluatedRun, scales: dict[int, float]) -> EvaluatedRun:
-    """The same run with its memory scaled (evaluation/knock_out.py), without reading it again."""
+    """The run with its memory scaled (evaluation/knock_out.py), without loading it again."""
     with jax.set_mesh(model.parts.mesh):
         state = scale_memory(model.state, scales)
     scales = dict.fromkeys(model.parts.config.model.engram.engram_layer_ids, 1.0) | scales

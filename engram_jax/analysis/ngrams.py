@@ -1,7 +1,6 @@
-"""Who owns a row: the n-grams of a text, the rows they read, which of them share one, and which rows lie close.
+"""Owners of rows: the n-grams of a text, the rows that they read, n-grams that share a row, and rows that lie close.
 
-Hashing goes one way, from n-gram to row. To read a table backwards one has to hash every n-gram of a text and look
-which of them arrive at a row.
+Hashing goes one way, from n-gram to row. To find the owners of a row, every n-gram of a text is hashed.
 
 Legend: T tokens of a text, G distinct n-grams of it, N their order, K heads of that order, R rows, D row width.
 """
@@ -20,14 +19,14 @@ from engram_jax.memory.hashing import HashConstants, ngram_row_ids_numpy
 
 @dataclass(frozen=True, eq=False)
 class Ngrams:
-    """The distinct n-grams of one order in a text, the most frequent first (ties: the one seen first)."""
+    """The distinct n-grams of one order in a text, the most frequent first; equally frequent ones as they occur."""
 
     ngrams_GN: np.ndarray
     """int32, canonical ids, oldest first; the pad id where a window reaches past its document's start."""
     counts_G: np.ndarray
     """int64, occurrences in the text."""
     first_G: np.ndarray
-    """int64, the position at which the n-gram ends where it first occurs: for showing it as it was written."""
+    """int64, the position where the n-gram's first occurrence ends, to show it as it was written."""
 
     @classmethod
     def of(cls, canonical_T: np.ndarray, starts: np.ndarray | None, order: int, pad_id: int) -> Ngrams:
@@ -70,7 +69,7 @@ class Ngrams:
         return {tuple(ngram): g for g, ngram in enumerate(self.ngrams_GN.tolist())}
 
     def index(self, ngram: Sequence[int]) -> int | None:
-        """Its place in the arrays; None if the text never has it."""
+        """The n-gram's place in the arrays; None if the text does not have it."""
         return self._index.get(tuple(int(i) for i in ngram))
 
     def rows(self, constants: HashConstants, layer_id: int) -> np.ndarray:
@@ -88,17 +87,17 @@ class Ngrams:
 
 
 def owners(rows_GK: np.ndarray, row: int) -> np.ndarray:
-    """The n-grams that read a row, in the arrays' order, so that the most frequent comes first: int64 indices."""
+    """Indices (int64) of the n-grams that read a row, the most frequent first."""
     return np.flatnonzero((rows_GK == row).any(axis=1))
 
 
 def shared_in_heads(rows_GK: np.ndarray) -> np.ndarray:
-    """In how many of its heads each n-gram's row is also another's: int64 [G], 0..K."""
+    """Number of heads in which each n-gram shares its row with another n-gram: int64 [G], 0..K."""
     return sum((_group_sizes(rows_G) > 1).astype(np.int64) for rows_G in rows_GK.T)  # type: ignore[return-value]
 
 
 def has_twin(rows_GK: np.ndarray) -> np.ndarray:
-    """Whether one other n-gram shares *every* row of it, so that the memory cannot tell the two apart: bool [G]."""
+    """Whether another n-gram shares *all* of its rows, so that the memory cannot tell the two apart: bool [G]."""
     together_G = np.zeros(len(rows_GK), np.int64)
     for rows_G in rows_GK.T:
         _, together_G = np.unique(together_G * (int(rows_GK.max()) + 1) + rows_G, return_inverse=True)
@@ -106,15 +105,15 @@ def has_twin(rows_GK: np.ndarray) -> np.ndarray:
 
 
 def expected_share(num_ngrams: int, num_rows: int | np.ndarray) -> np.ndarray:
-    """Chance that an n-gram shares its row in one head, if every n-gram falls on a row by chance."""
+    """Probability that an n-gram shares its row in one head, if n-grams fall on rows at random."""
     return 1 - (1 - 1 / np.asarray(num_rows, np.float64)) ** (num_ngrams - 1)
 
 
 def nearest(vectors_RD: np.ndarray, index: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` vectors that point most nearly the same way as one of them, itself left out.
+    """The `count` vectors with the greatest cosine to one of them, itself left out.
 
     Returns:
-      (int64 indices, cosines), the nearest first. A vector of zeros points nowhere: its cosine is 0.
+      (int64 indices, cosines), the nearest first. A vector of zeros has the cosine 0.
     """
     norms_R = np.linalg.norm(vectors_RD, axis=1)
     products_R = vectors_RD @ vectors_RD[index]

@@ -1,9 +1,9 @@
-"""Text as a run reads it: what its windows hold of each document, held out or trained on.
+"""Segments: the pieces of documents in the windows that a run reads, held out or trained on.
 
-Attention, n-gram windows and positions end where a document ends, so a window's documents can be scored one by one and
+Attention, n-gram windows and positions end with a document. So the documents of a window can be scored one by one, and
 give the losses of training.
 
-Legend: T tokens read, each of which asks for the next one; W windows.
+Legend: T tokens that are read, each of which predicts the next one; W windows.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from engram_jax.data.packing import WindowSource
 
 
 class Segment(NamedTuple):
+    """A piece of a document in a window."""
+
     document: int
-    """Counts the source's documents."""
+    """Number of the document in the source."""
     start: int
-    """Of `ids[0]`, in tokens from the document's bos."""
+    """Position of `ids[0]`, in tokens from the document's bos."""
     ids: np.ndarray
-    """int32 [T + 1]: the last one is only asked for."""
+    """int32 [T + 1]; the last id is only predicted."""
 
 
 def segments(source: WindowSource, indices: Iterable[int]) -> list[Segment]:
-    """What the given windows hold of each document; pieces that ask for nothing are left out."""
+    """The segments of the given windows. Pieces without an id to predict are left out."""
     return [segment for index in indices for segment in _of_window(source, int(index))]
 
 
@@ -49,7 +51,7 @@ def _of_window(source: WindowSource, index: int) -> list[Segment]:
 
 
 def _place(source: WindowSource, index: int):
-    """The stream a window lies in, its first token there, and how many documents lie before that stream."""
+    """The stream that holds a window, the window's first token in it, and the number of documents before the stream."""
     first_document = 0
     if isinstance(source, Mixture):
         for part in source.sources:
@@ -60,13 +62,13 @@ def _place(source: WindowSource, index: int):
 
 
 def spread_evenly(indices: np.ndarray, seq_len: int, most_tokens: int) -> np.ndarray:
-    """All of them, or as many as hold `most_tokens`, evenly spread."""
+    """All windows, or if they have more than `most_tokens`, windows evenly spread."""
     count = min(len(indices), max(1, most_tokens // seq_len))
     return indices[np.arange(count) * len(indices) // count]
 
 
 def trained_windows(source: WindowSource, seed: int, count: int) -> np.ndarray:
-    """The distinct windows among the first `count` that training with that `data.seed` reads: int64 [W], as read."""
+    """The distinct windows among the first `count` that training with this `data.seed` reads, in order: int64 [W]."""
     order = window_order(source, seed)
     read = np.fromiter((order[i] for i in range(count)), np.int64, count)
     _, first = np.unique(read, return_index=True)
@@ -74,7 +76,7 @@ def trained_windows(source: WindowSource, seed: int, count: int) -> np.ndarray:
 
 
 def window_order(source: WindowSource, seed: int) -> grain.MapDataset:
-    """`source.shuffled(seed)` with the windows' numbers in place of the windows."""
+    """`source.shuffled(seed)`, with numbers of windows instead of windows."""
 
     def shuffled(start: int, size: int) -> grain.MapDataset:
         return grain.MapDataset.range(start, start + size).shuffle(seed=seed).repeat()

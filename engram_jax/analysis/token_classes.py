@@ -1,7 +1,7 @@
-"""What kind of text a token stands for: a keyword, an identifier, a name, a number, punctuation, white space.
+"""The class of each token: keyword, identifier, name, word, number, punctuation, white space.
 
-Python source, where it parses, is read by Python's own tokenizer; what is in its strings and comments, and any other
-text, by rules on words. A token counts as what its first character that is no white space is part of.
+Python's own tokenizer reads source that parses. Rules on words read strings, comments, and any other text. A token
+takes the class of its first character that is not a space.
 
 Legend: T tokens, C characters of the text.
 """
@@ -28,18 +28,18 @@ KEYWORD, IDENTIFIER, NAME, WORD, NUMBER, PUNCTUATION, NEWLINE, SPACE, END = rang
 PIECE = re.compile(r"(?P<word>\w+(?:['\u2019][^\W\d_]+)*)|(?P<space>\s+)|(?P<mark>[^\w\s]+)")
 SENTENCE_ENDS = ".!?:"
 OPENERS = "\"'`\u201c\u2018([{<#*-_"
-"""Between the end of one sentence and the first word of the next."""
+"""Characters between the end of one sentence and the first word of the next."""
 
 
 class TokenKinds(NamedTuple):
     classes: np.ndarray
     """uint8 [T]: index into CLASSES."""
     continues: np.ndarray
-    """bool [T]: whether the token begins in the middle of a word."""
+    """bool [T], whether the token begins inside a word."""
 
 
 def token_kinds(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> TokenKinds:
-    """Of each token of a whole document, special tokens being `end of document`."""
+    """Class of each token of a whole document; special tokens are `end of document`."""
     text, starts_T, ends_T = spans(tokenizer, ids)
     class_C, is_word_C = character_classes(text), np.array([c.isalnum() or c == "_" for c in text], bool)
     classes_T, continues_T = np.full(len(starts_T), END, np.uint8), np.zeros(len(starts_T), bool)
@@ -56,7 +56,7 @@ def token_kinds(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> TokenK
 
 
 def spans(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray) -> tuple[str, np.ndarray, np.ndarray]:
-    """The text, and where in it each token begins and ends: int64 [T] both; special tokens are empty.
+    """The text, and where each token begins and ends in it: int64 [T] both, ends exclusive. Special tokens are empty.
 
     A token that is part of a character (of a byte-level tokenizer) spans the whole character.
     """
@@ -107,7 +107,7 @@ def _of_word(word: str, begins_sentence: bool) -> int:
 
 
 def _begins_sentence(text: str, start: int) -> bool:
-    """Whether a capital says nothing here."""
+    """Whether a word here has a capital because it begins a sentence."""
     newlines = 0
     while start > 0 and (text[start - 1].isspace() or text[start - 1] in OPENERS):
         start -= 1
@@ -116,7 +116,9 @@ def _begins_sentence(text: str, start: int) -> bool:
 
 
 def _of_python(text: str) -> Iterator[tuple[int, int, int]]:
-    """Where Python's own tokens begin and end, and their class: WORD for strings and comments. None of other text."""
+    """Beginnings and ends of Python's own tokens, and their classes: WORD for strings and comments; nothing for other
+    text.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes in the text's strings

@@ -110,8 +110,8 @@ class EngramLM(TemplateLM):
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         require(
             longest <= self.max_length,
-            f"max_length={self.max_length:,} must be at least {longest:,}, the ids of the longest continuation: raise it "
-            "in --model_args.",
+            f"max_length={self.max_length:,} must be at least {longest:,}, the longest continuation: raise it in "
+            "--model_args.",
         )
 
         def evaluate(chosen: Sequence[tuple[Any, list[int], list[int]]]) -> Iterator[tuple[float, bool]]:
@@ -176,7 +176,8 @@ class EngramLM(TemplateLM):
         until, max_tokens = asked["until"], asked["max_gen_toks"]
         unknown = [name for name in asked if name not in SAMPLING_FIELDS]
         require(
-            not unknown, f"generation_kwargs: {', '.join(unknown)} is not among {', '.join(sorted(SAMPLING_FIELDS))}."
+            not unknown,
+            f"generation_kwargs: {', '.join(unknown)} is unknown. Known are {', '.join(sorted(SAMPLING_FIELDS))}.",
         )
         require(
             max_tokens < self.max_length,

@@ -127,7 +127,8 @@ class LongPPL:
 
 def key_tokens(long_losses: np.ndarray, short_losses: np.ndarray, alpha: float, beta: float) -> np.ndarray:
     """bool [T - 1]: LSD > alpha and LCL > beta, from losses in nats (-log p). A token without a short loss (NaN) is not
-    key."""
+    key.
+    """
     with np.errstate(invalid="ignore"):
         return (short_losses - long_losses > alpha) & (-long_losses > beta)
 

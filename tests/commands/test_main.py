@@ -5,16 +5,23 @@ import contextlib
 import dataclasses
 import importlib
 import inspect
+import json
 import subprocess
 import sys
 import textwrap
+import tomllib
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
 import engram_jax
 from engram_jax.commands.main import SUBCOMMANDS, main
 from engram_jax.commands.run_options import Options as RunOptions
+from engram_jax.config import to_dict
+from engram_jax.errors import missing_extra
+
+ROOT = Path(__file__).parents[2]
 
 OPTIONS = ("sample", "evaluate", "compare", "export", "import")
 """Subcommands with a dataclass of options; those that train take a run's fields."""
@@ -138,3 +145,36 @@ for name in {list(SUBCOMMANDS)}:
     assert "jax" not in sys.modules, name
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_missing_extra_is_named_as_the_project_spells_it():
+    """Wherever the code asks for one: the extra exists, and brings the package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [
+        [argument.value for argument in call.args]
+        for path in [*ROOT.glob("engram_jax/**/*.py"), *ROOT.glob("experiments/**/*.py")]
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "missing_extra"
+    ]
+    assert ["lm_eval", "eval"] in asked
+    for package, extra in asked:
+        brought = " ".join(project["optional-dependencies"][extra])
+        assert package in brought or (package, extra) == ("libtpu", "tpu"), f"{extra} does not bring {package}"
+        said = missing_extra(package, extra)
+        assert f"uv run --extra {extra}" in said and f"pip install '{project['name']}[{extra}]'" in said
+
+
+def test_attach_has_the_fields_and_overrides_of_train(capsys, tmp_path, monkeypatch):
+    """After RUN_DIR NAME, with the backbone's settings as defaults."""
+    monkeypatch.chdir(tmp_path)
+    backbone = engram_jax.RunConfig(name="backbone", train=engram_jax.TrainConfig(steps=77))
+    Path("backbone").mkdir()
+    Path("backbone/config.json").write_text(json.dumps(to_dict(backbone)))
+    text = help_of(capsys, "attach", "backbone", "with_memory")
+    assert "usage: engram-jax attach backbone with_memory" in text and "--slice STR" in text
+    assert "--train.steps INT" in text and "(default: 77)" in text and "--train.init_from STR" in text
+    assert main(["attach", "backbone", "with_memory", "--train.steps", "9", "--print"]) == 0
+    printed, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
+    assert (printed["name"], printed["train"]["steps"], printed["train"]["init_from"]) == ("with_memory", 9, "backbone")
+    assert "nearest is '--train.steps'" in fails_with(capsys, "attach", "backbone", "with_memory", "--train.stpes", "3")
+    assert "has no config.json" in fails_with(capsys, "attach", "nowhere", "with_memory")

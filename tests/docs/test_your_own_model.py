@@ -1,5 +1,7 @@
 """The cells of docs/your_own_model.md: four frameworks, one memory."""
 
+import ast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,11 @@ def new(nnx_cells):
 def test_a_cell_is_short(framework):
     lines = [line for line in cells(framework)[0].text.splitlines() if line.strip()]
     assert len(lines) <= LINES[framework] and max(map(len, lines)) <= 120
+
+
+def test_the_readme_shows_the_first_cell():
+    (shown,) = [block for block in blocks(ROOT / "README.md") if block.language == "python"]
+    assert ast.dump(ast.parse(shown.text)) == ast.dump(ast.parse(cells("nnx")[0].text))
 
 
 def test_the_cells_of_nnx_train(nnx_cells):

@@ -1,15 +1,10 @@
-"""Two runs as they lie on disk, never trained but with weights and rows large enough for every token to matter.
-
-Compiling is nearly all the time these tests take, so equal programs are compiled once.
-"""
+"""Two runs as they lie on disk, never trained but with weights and rows large enough for every token to matter."""
 
 import dataclasses
-import os
 
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from engram_jax.config import (
     AttentionConfig,
@@ -35,16 +30,6 @@ SEQ_LEN = 64
 
 def silent(_: str) -> None:
     pass
-
-
-@pytest.fixture(scope="package", autouse=True)
-def compiled_programs(tmp_path_factory):
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("compiled"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()  # jax looks for the folder once, and other tests may have compiled before
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
@@ -131,5 +116,5 @@ def bare_run_dir(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="package")
-def model(run_dir, compiled_programs):
+def model(run_dir):
     return EvaluatedRun.load(run_dir, batch_tokens=256, log=silent)

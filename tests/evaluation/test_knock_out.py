@@ -103,7 +103,7 @@ def test_scales_as_they_are_written(words, scales):
     [
         (["2=0"], ENGRAM, r"memory_scale 2=0: '2' is not an Engram layer; they are \[1, 14\]"),
         (["1=off"], ENGRAM, "'off' is not a number"),
-        (["0", "1=1"], ENGRAM, "one number, or LAYER=NUMBER"),
+        (["0", "1=1"], ENGRAM, "one number or LAYER=NUMBER"),
         (["0"], EngramConfig(), "no memory to scale"),
     ],
 )

@@ -325,7 +325,7 @@ def test_model_arguments_as_one_string(run_dir):
 def test_mistakes_are_one_line(tasks, tmp_path, run_dir, monkeypatch, capsys):
     folder, _ = tasks
     for model_args, status, message in (
-        ("max_length=9", 2, "name the run's folder"),
+        ("max_length=9", 2, "run_dir is missing"),
         (f"run_dir={run_dir},max_len=9", 2, "max_len is unknown. The arguments are run_dir, max_length"),
         (f"run_dir={run_dir},max_length=long", 2, "max_length='long' is not a whole number"),
         (f"run_dir={tmp_path}", 1, "is not a run"),
@@ -338,7 +338,7 @@ def test_mistakes_are_one_line(tasks, tmp_path, run_dir, monkeypatch, capsys):
 
 def test_tasks_that_cannot_be_had(tasks, model, tmp_path):
     folder, _ = tasks
-    with pytest.raises(ConfigError, match="name a task of the harness"):
+    with pytest.raises(ConfigError, match="lm_eval needs a task of the harness"):
         LmEval()(model, Shared())
     with pytest.raises(ConfigError, match="no task 'own_choise'; the nearest is 'own_choice'"):
         LmEval(include=str(folder))(model, Shared(), "own_choise")

@@ -11,7 +11,8 @@ from engram_jax.analysis.gates import token_gates
 from engram_jax.analysis.lookups import look_up, with_memory
 from engram_jax.config import ConfigError
 from engram_jax.evaluation.evaluated_run import EvaluatedRun
-from engram_jax.memory.hashing import canonicalize, ngram_row_ids
+from engram_jax.memory.compression import canonicalize_numpy
+from engram_jax.memory.hashing import ngram_row_ids_numpy
 
 STEP = 4  # of the saved run
 
@@ -46,9 +47,9 @@ def found(aged, sequences):
 def test_uses_and_ages_are_the_tables(aged, sequences, found):
     store = aged.parts.store
     for ids, lookup in zip(sequences, found, strict=True):
-        canonical = canonicalize(store.token_map, np.asarray(ids[:-1])[None])
+        canonical = canonicalize_numpy(store.token_map, ids[:-1])
         for layer, table in aged.state.memory.tables.items():
-            rows_THd = np.asarray(ngram_row_ids(store.constants, int(layer), canonical))[0]
+            rows_THd = ngram_row_ids_numpy(store.constants, int(layer), canonical)
             uses = np.asarray(table.uses)[rows_THd].reshape(len(ids) - 1, 2, 2)
             age = np.where(uses > 0, STEP - np.asarray(table.slots["last_step"])[rows_THd].reshape(uses.shape), 0)
             counted = (uses > 0).sum(-1)

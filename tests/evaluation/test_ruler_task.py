@@ -160,7 +160,7 @@ def test_mistakes_in_the_options(tokenizer, essays):
     model, shared = FakeModel(tokenizer, reader), Shared(corpus=str(essays))
     with pytest.raises(ConfigError, match=r"no family 'vtt'.*'vt'"):
         Ruler()(model, shared, "vtt")
-    with pytest.raises(ConfigError, match=r"too short .*; niah_single_\d@40 would need \d+ tokens"):
+    with pytest.raises(ConfigError, match=r"too short .*: niah_single_\d@40 needs \d+ tokens"):
         Ruler(lengths=(40,))(model, shared, "niah_single")
     with pytest.raises(ConfigError, match=r"ruler\.samples=0"):
         Ruler(samples=0)

@@ -64,7 +64,7 @@ def random_tokens(rng, count):
     return rng.choice(rng.integers(0, VOCAB_SIZE, 6), count).tolist()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, LENGTH])
+@pytest.mark.parametrize("size", [1, 7, LENGTH, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 3))])
 def test_any_chunking_gives_the_logits_of_the_whole(model, rng, size):
     sequences, tokens = Sequences(rng, *model), [random_tokens(rng, LENGTH) for _ in range(BATCH)]
     for start in range(0, LENGTH, size):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -74,12 +75,12 @@ def make_store(memory, frozen, shards=1):
 
 
 def our_update(memory, store, state, tokens, x_BTMD, segments=None):
-    rows = store.fetch(state, store.plan(jnp.asarray(tokens), segments), 0)[str(LAYER)]
+    rows = jax.jit(lambda *ids: store.fetch(state, store.plan(*ids), 0))(tokens, segments)[str(LAYER)]
     config = ModelConfig(num_hidden_layers=4, engram=memory.engram, dtype="float32", **memory.model_settings)
-    reader = EngramReader(config, rngs=nnx.Rngs(0))
+    reader = jax.jit(lambda: EngramReader(config, rngs=nnx.Rngs(0)))()
     weights = memory.reader(str(LAYER))
     assert set(weights) == set(nnx.to_pure_dict(nnx.state(reader, nnx.Param)))
     for name, array in weights.items():
         assert getattr(reader, name).shape == array.shape
         getattr(reader, name)[...] = jnp.asarray(array)
-    return reader(jnp.asarray(x_BTMD), rows, segments)
+    return jax.jit(lambda *arrays: reader(*arrays))(x_BTMD, rows, segments)

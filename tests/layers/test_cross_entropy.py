@@ -15,8 +15,9 @@ pytestmark = pytest.mark.newest
 def inputs(dtype=jnp.float32):
     rng = np.random.default_rng(0)
     hidden, head = jnp.asarray(rng.normal(size=(8, 6, 16)), dtype), jnp.asarray(rng.normal(size=(16, 38)), jnp.float32)
-    targets = jnp.asarray(rng.integers(0, 38, (8, 6)), jnp.int32).at[0, 2:].set(NO_LOSS).at[3].set(NO_LOSS)
-    return hidden, head, targets, jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
+    targets = rng.integers(0, 38, (8, 6)).astype(np.int32)
+    targets[0, 2:], targets[3] = NO_LOSS, NO_LOSS
+    return hidden, head, jnp.asarray(targets), jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)
 
 
 def placed(mesh, hidden, head, targets, weights):
@@ -36,13 +37,16 @@ def weighted(losses, weights):
     return lambda hidden, head, targets: jnp.sum(weights * losses(hidden, head, targets))
 
 
+def gradients(losses, hidden, head, targets, weights):
+    return jax.jit(jax.grad(weighted(losses, weights), argnums=(0, 1)))(hidden, head, targets)
+
+
 def test_equals_optax_forward_and_gradient():
     hidden, head, targets, weights = inputs()
     np.testing.assert_allclose(
-        token_losses(hidden, head, targets), reference(hidden, head, targets), rtol=1e-5, atol=1e-5
+        jax.jit(token_losses)(hidden, head, targets), jax.jit(reference)(hidden, head, targets), rtol=1e-5, atol=1e-5
     )
-    ours = jax.grad(weighted(token_losses, weights), argnums=(0, 1))(hidden, head, targets)
-    theirs = jax.grad(weighted(reference, weights), argnums=(0, 1))(hidden, head, targets)
+    ours, theirs = (gradients(losses, hidden, head, targets, weights) for losses in (token_losses, reference))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
@@ -52,34 +56,27 @@ def test_equals_optax_forward_and_gradient():
 def test_no_negative_target_counts(losses):
     """Other libraries' -100 among them."""
     hidden, head, targets, weights = inputs()
-    others = jnp.where(targets == NO_LOSS, -100, targets)
+    others = np.where(targets == NO_LOSS, -100, targets)
     assert (others != targets).any()
-    for ours, theirs in zip(
-        *(
-            jax.tree.leaves(jax.value_and_grad(weighted(losses, weights), argnums=(0, 1))(hidden, head, t))
-            for t in (others, targets)
-        ),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    run = jax.jit(jax.value_and_grad(weighted(losses, weights), argnums=(0, 1)))
+    jax.tree.map(np.testing.assert_array_equal, *(run(hidden, head, given) for given in (others, targets)))
 
 
 def test_bfloat16_states_give_float32_losses_and_head_gradients():
     hidden, head, targets, weights = inputs(jnp.bfloat16)
-    losses = token_losses(hidden, head, targets)
+    losses = jax.jit(token_losses)(hidden, head, targets)
     assert losses.dtype == jnp.float32
-    np.testing.assert_allclose(losses, reference(hidden, head, targets), atol=0.1)
-    d_hidden, d_head = jax.grad(weighted(token_losses, weights), argnums=(0, 1))(hidden, head, targets)
+    np.testing.assert_allclose(losses, jax.jit(reference)(hidden, head, targets), atol=0.1)
+    d_hidden, d_head = gradients(token_losses, hidden, head, targets, weights)
     assert (d_hidden.dtype, d_head.dtype) == (jnp.bfloat16, jnp.float32)
 
 
 def test_equal_on_a_mesh(mesh):
     hidden, head, targets, weights = inputs()
-    grad = jax.jit(jax.grad(weighted(token_losses, weights), argnums=(0, 1)))
-    expected = grad(hidden, head, targets)
+    expected = gradients(token_losses, hidden, head, targets, weights)
     with jax.set_mesh(mesh):
         hidden, head, targets, weights = placed(mesh, hidden, head, targets, weights)
-        got = jax.jit(jax.grad(weighted(token_losses, weights), argnums=(0, 1)))(hidden, head, targets)
+        got = gradients(token_losses, hidden, head, targets, weights)
         assert got[1].sharding.spec == spec("embed", "vocab")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
 
@@ -93,18 +90,19 @@ def test_chunks_equal_optax_forward_and_gradient(chunk_len):
     """6 positions: as many chunks, one that is not full, one, and one with room left."""
     hidden, head, targets, weights = inputs()
     losses = in_chunks(chunk_len)
-    np.testing.assert_allclose(losses(hidden, head, targets), reference(hidden, head, targets), rtol=1e-5, atol=1e-5)
-    ours = jax.grad(weighted(losses, weights), argnums=(0, 1))(hidden, head, targets)
-    theirs = jax.grad(weighted(reference, weights), argnums=(0, 1))(hidden, head, targets)
+    np.testing.assert_allclose(
+        jax.jit(losses)(hidden, head, targets), jax.jit(reference)(hidden, head, targets), rtol=1e-5, atol=1e-5
+    )
+    ours, theirs = (gradients(each, hidden, head, targets, weights) for each in (losses, reference))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
 
 
 def test_chunks_in_bfloat16_give_float32_losses_and_head_gradients():
     hidden, head, targets, weights = inputs(jnp.bfloat16)
-    d_hidden, d_head = jax.grad(weighted(in_chunks(4), weights), argnums=(0, 1))(hidden, head, targets)
+    d_hidden, d_head = gradients(in_chunks(4), hidden, head, targets, weights)
     assert (d_hidden.dtype, d_head.dtype) == (jnp.bfloat16, jnp.float32)
-    whole_hidden, whole_head = jax.grad(weighted(token_losses, weights), argnums=(0, 1))(hidden, head, targets)
-    np.testing.assert_allclose(d_hidden.astype(jnp.float32), whole_hidden.astype(jnp.float32), rtol=0.02, atol=1e-3)
+    whole_hidden, whole_head = gradients(token_losses, hidden, head, targets, weights)
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (d_hidden, whole_hidden)), rtol=0.02, atol=1e-3)
     np.testing.assert_allclose(d_head, whole_head, rtol=1e-3, atol=1e-3)
 
 
@@ -116,7 +114,7 @@ def test_chunks_in_bfloat16_give_float32_losses_and_head_gradients():
 def test_chunks_are_equal_on_a_mesh(axes):
     hidden, head, targets, weights = inputs()
     mesh, losses = make_mesh(-1, axes.pop("fsdp", 1), **axes), in_chunks(2)
-    expected = jax.value_and_grad(weighted(token_losses, weights), argnums=(0, 1))(hidden, head, targets)
+    expected = jax.jit(jax.value_and_grad(weighted(token_losses, weights), argnums=(0, 1)))(hidden, head, targets)
     with jax.set_mesh(mesh):
         hidden, head, targets, weights = placed(mesh, hidden, head, targets, weights)
         got = jax.jit(jax.value_and_grad(weighted(losses, weights), argnums=(0, 1)))(hidden, head, targets)

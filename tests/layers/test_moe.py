@@ -55,7 +55,15 @@ def value_and_gradients(f, g, ids, *args):
     return y, *vjp(g)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "k"), [(37, 6, 2), (50, 5, 1), (64, 8, 4), (3, 7, 3), (200, 3, 3)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k"),
+    [
+        (37, 6, 2),
+        (50, 5, 1),
+        (3, 7, 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((64, 8, 4), (200, 3, 3))),
+    ],
+)
 @pytest.mark.parametrize("form", [ragged, blocked])
 def test_forms_equal_every_expert_in_value_and_all_gradients(form, tokens, experts, k, rng):
     D, F, forms = 8, 6, (form, every_expert)
@@ -272,7 +280,7 @@ def test_what_does_not_fit_is_carried_in_further_rounds(favourite):
     assert_equal(expected, ((y, stats), grads, d_x))
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "ragged", "every_expert"])
+@pytest.mark.parametrize("implementation", ["blocked", pytest.param("ragged", marks=pytest.mark.slow), "every_expert"])
 def test_stacks_scans_and_rematerialises(implementation):
     config = ModelConfig(
         hidden_size=16,

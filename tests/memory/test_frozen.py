@@ -26,11 +26,16 @@ def trained(mesh, head_dim=32):
     config = EngramConfig(engram_layer_ids=(0, 2), engram_n_heads=2, engram_head_dim=head_dim, engram_vocab_size=90)
     shards = mesh.size if mesh else 1
     store = MemoryStore.create(config, TokenMap.identity(V), CatchUpAdam(np.full(10, 0.1)), shards=shards)
+
+    @jax.jit
+    def update(state, ids, step):
+        plan = store.plan(ids)
+        rows = store.fetch(state, plan, step)
+        return store.update(state, plan, store.reduce(plan, jax.tree.map(jnp.sin, rows)), step)
+
     state = store.init(jax.random.key(0))
     for step in range(3):
-        plan = jax.jit(store.plan)(tokens(mesh, step))
-        rows = jax.jit(store.fetch)(state, plan, step)
-        state = jax.jit(store.update)(state, plan, jax.jit(store.reduce)(plan, jax.tree.map(jnp.sin, rows)), step)
+        state = update(state, tokens(mesh, step), step)
     return store, state
 
 
@@ -71,8 +76,8 @@ def test_a_frozen_store_reads_the_dequantised_rows(shape, placement):
 def test_a_frozen_store_cannot_be_trained():
     store, state = trained(None)
     frozen, state = freeze(store, state, 3)
-    plan = frozen.plan(tokens(None, 1))
-    grads = frozen.reduce(plan, frozen.fetch(state, plan, 3))
+    plan = jax.jit(frozen.plan)(tokens(None, 1))
+    grads = jax.jit(lambda state: frozen.reduce(plan, frozen.fetch(state, plan, 3)))(state)
     with pytest.raises(ConfigError, match="frozen and cannot be trained"):
         frozen.update(state, plan, grads, 3)
 

@@ -26,7 +26,7 @@ PLACEMENT = HostPlacement()
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 
 
-@pytest.fixture(params=[(1, 1), (4, 2)], ids=["1 device", "8 devices"])
+@pytest.fixture(params=[pytest.param((1, 1), marks=pytest.mark.slow), (4, 2)], ids=["1 device", "8 devices"])
 def mesh(request):
     data, fsdp = request.param
     mesh = make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])

@@ -29,7 +29,6 @@ pytestmark = pytest.mark.newest
 
 V, B, T, STEPS = 500, 8, 24, 20
 CONFIG = EngramConfig(engram_layer_ids=(0, 2), engram_n_heads=2, engram_head_dim=4, engram_vocab_size=(230, 410))
-MESHES = [None, (1, 1), (2, 4)]
 
 
 def make(mesh, placement, row_dtype="float32"):
@@ -130,7 +129,7 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [None, pytest.param((1, 1), marks=pytest.mark.slow), (2, 4)])
 def test_twenty_steps_equal_tables_on_devices_bit_for_bit(mesh):
     assert_same(from_outside(mesh), on_devices(mesh))
 
@@ -145,7 +144,7 @@ def test_bfloat16_rows_equal_tables_on_devices_bit_for_bit():
     jax.tree.map(functools.partial(np.testing.assert_allclose, **rounding), result[-1], whole)
 
 
-@pytest.mark.parametrize("mesh", [None, (2, 4)])
+@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), (2, 4)])
 def test_reading_ahead_and_files_change_no_bit(mesh, tmp_path):
     assert_same(from_outside(mesh, reads_ahead=False), on_devices(mesh))
     assert_same(from_outside(mesh, NumpyPlacement(str(tmp_path))), on_devices(mesh))

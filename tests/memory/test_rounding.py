@@ -11,6 +11,8 @@ from engram_jax.memory.table import TableLayout
 
 pytestmark = pytest.mark.newest
 
+row_noise = jax.jit(row_noise, static_argnums=2)
+stochastic_round = jax.jit(stochastic_round)
 LARGEST = np.float32(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 
 
@@ -32,7 +34,7 @@ def neighbours(x):
 def test_every_bfloat16_is_kept_whatever_the_noise(key):
     every = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16)
     x = jnp.asarray(every.astype(np.float32))
-    for n in (noise(key, x.shape), jnp.zeros(x.shape, jnp.uint16), jnp.full(x.shape, 0xFFFF, jnp.uint16)):
+    for n in (noise(key, x.shape), *(np.full(x.shape, bits, np.uint16) for bits in (0, 0xFFFF))):
         rounded = np.asarray(stochastic_round(x, n))
         finite_or_infinite = ~np.isnan(every.astype(np.float32))
         np.testing.assert_array_equal(bits_of(rounded)[finite_or_infinite], bits_of(every)[finite_or_infinite])
@@ -45,23 +47,23 @@ def test_the_result_is_one_of_the_two_neighbours_up_with_the_noise():
     x = x[np.abs(x) < 1e38]
     below, above = neighbours(x)
     for n, expected in ((0, below), (0xFFFF, above)):
-        rounded = np.asarray(stochastic_round(jnp.asarray(x), jnp.full(x.shape, n, jnp.uint16)), np.float64)
+        rounded = np.asarray(stochastic_round(x, np.full(x.shape, n, np.uint16)), np.float64)
         np.testing.assert_array_equal(rounded, expected)
 
 
 def test_all_noise_together_has_the_mean_exactly():
     """Over each of the 2^16 values of the noise once, the mean of the results is x: no sampling error to allow for."""
-    every = jnp.arange(2**16, dtype=jnp.uint16)
+    every = np.arange(2**16, dtype=np.uint16)
     for x in np.float32([1.001, -3.14159, 0.02, 1e-30, 255.3, -0.0123456]):
-        rounded = stochastic_round(jnp.full(every.shape, x), every)
+        rounded = stochastic_round(np.full(every.shape, x), every)
         assert np.asarray(rounded, np.float64).mean() == np.float64(x)
 
 
 def test_the_mean_over_keys_lies_within_the_central_limit(key):
     x = np.linspace(1, 2, 64, endpoint=False).astype(np.float32) + np.float32(0.001)
     draws, ulp = 4000, 2.0**-7
-    n = jax.vmap(lambda i: row_noise(jax.random.fold_in(key, i), jnp.arange(1), 64))(jnp.arange(draws))[:, 0]
-    rounded = np.asarray(stochastic_round(jnp.broadcast_to(x, n.shape), n), np.float64)
+    n = jax.jit(jax.vmap(lambda i: row_noise(jax.random.fold_in(key, i), jnp.arange(1), 64)[0]))(np.arange(draws))
+    rounded = np.asarray(stochastic_round(np.broadcast_to(x, n.shape), n), np.float64)
     assert np.abs(rounded - x).max() < ulp
     np.testing.assert_array_less(np.abs(rounded.mean(0) - x), 5 * ulp / 2 / draws**0.5)
 
@@ -70,23 +72,24 @@ def test_infinities_nan_and_the_largest_numbers():
     nans = np.uint32([0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF]).view(np.float32)
     x = np.float32([np.inf, -np.inf, LARGEST, -LARGEST, np.nextafter(LARGEST, np.float32(np.inf)), 3.4e38, -3.4e38])
     for n in (0, 1, 0x8000, 0xFFFF):
-        rounded = np.asarray(stochastic_round(jnp.asarray(x), jnp.full(x.shape, n, jnp.uint16)), np.float32)
+        rounded = np.asarray(stochastic_round(x, np.full(x.shape, n, np.uint16)), np.float32)
         np.testing.assert_array_equal(rounded, [np.inf, -np.inf, LARGEST, -LARGEST, LARGEST, LARGEST, -LARGEST])
-        assert np.all(np.isnan(np.asarray(stochastic_round(jnp.asarray(nans), jnp.full(4, n, jnp.uint16)), np.float32)))
+        assert np.all(np.isnan(np.asarray(stochastic_round(nans, np.full(4, n, np.uint16)), np.float32)))
 
 
 def test_noise_belongs_to_the_logical_row(key):
     """Sharded and padded, alone or in any company: the same row has the same noise; other rows and keys do not."""
     layout, width = TableLayout((11, 13), shards=4), 10
-    whole = np.asarray(row_noise(key, jnp.arange(layout.num_rows), width))
+    whole = np.asarray(row_noise(key, np.arange(layout.num_rows), width))
+    logical = jax.jit(layout.logical)
     sharded = [
-        row_noise(key, layout.logical(shard, jnp.arange(layout.rows_per_shard)), width)
+        row_noise(key, logical(np.int32(shard), np.arange(layout.rows_per_shard)), width)
         for shard in range(layout.shards)
     ]
     np.testing.assert_array_equal(layout.to_logical(np.concatenate(sharded)), whole)
-    np.testing.assert_array_equal(jax.jit(row_noise, static_argnums=2)(key, jnp.int32([7]), width)[0], whole[7])
+    np.testing.assert_array_equal(row_noise(key, np.int32([7]), width)[0], whole[7])
     assert len({row.tobytes() for row in whole}) == layout.num_rows
-    other = np.asarray(row_noise(jax.random.fold_in(key, 1), jnp.arange(layout.num_rows), width))
+    other = np.asarray(row_noise(jax.random.fold_in(key, 1), np.arange(layout.num_rows), width))
     assert np.mean(other == whole) < 0.02
 
 

@@ -1,6 +1,7 @@
 """Routing against NumPy: what every lookup sees, what every row is given, on every mesh and for hard batches."""
 
 import contextlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -63,28 +64,34 @@ def sharded_table(layout, table):
     return array
 
 
+@partial(jax.jit, static_argnames=("devices", "capacities"))
+def run(ids, tables, grads, devices, capacities=None):
+    plan = routing.plan_rows(ids, layouts(devices), capacities and dict(capacities))
+    owned = {}
+    for layer, p in plan.items():
+        take = routing.on_shards(
+            lambda table, ids_U: table.at[ids_U].get(mode="fill", fill_value=0),
+            (jax.P(routing.mesh_axes()),) * 2,
+            jax.P(routing.mesh_axes()),
+        )
+        owned[layer] = take(tables[layer], p.owned_U)
+    seen = routing.send_rows(owned, plan, "all_to_all")
+    return plan, seen, routing.collect_grads(grads, plan, "all_to_all")
+
+
+@partial(jax.jit, static_argnames=("devices", "capacities"))
+def planned(ids, devices, capacities=None):
+    return routing.plan_rows(ids, layouts(devices), capacities and dict(capacities))
+
+
 def through_the_mesh(shape, ids, tables, grads, capacities=None):
     """Per layer: the plan, the rows each lookup sees, and the summed gradient of each logical row (dense)."""
+    capacities = capacities and tuple(capacities.items())
     with on_mesh(shape) as (devices, put):
         cut = layouts(devices)
-
-        @jax.jit
-        def run(ids, tables, grads):
-            plan = routing.plan_rows(ids, cut, capacities)
-            owned = {}
-            for layer, p in plan.items():
-                take = routing.on_shards(
-                    lambda table, ids_U: table.at[ids_U].get(mode="fill", fill_value=0),
-                    (jax.P(routing.mesh_axes()),) * 2,
-                    jax.P(routing.mesh_axes()),
-                )
-                owned[layer] = take(tables[layer], p.owned_U)
-            seen = routing.send_rows(owned, plan, "all_to_all")
-            return plan, seen, routing.collect_grads(grads, plan, "all_to_all")
-
         stored = {layer: put(sharded_table(cut[layer], tables[layer])) for layer in ids}
         put_all = lambda tree: {layer: put(x) for layer, x in tree.items()}  # noqa: E731
-        plan, seen, summed = jax.tree.map(jax.device_get, run(put_all(ids), stored, put_all(grads)))
+        plan, seen, summed = jax.device_get(run(put_all(ids), stored, put_all(grads), devices, capacities))
     dense = {}
     for layer, layout in cut.items():
         owned = plan[layer].owned_U.reshape(devices, -1)
@@ -129,8 +136,7 @@ def test_sums_are_the_same_bits_every_time(rng):
 
 def make_plan(ids, capacities=None, shape=(8, 1)):
     with on_mesh(shape) as (devices, put):
-        run = jax.jit(lambda ids: routing.plan_rows(ids, layouts(devices), capacities))
-        plan = run({layer: put(x) for layer, x in ids.items()})
+        plan = planned({layer: put(x) for layer, x in ids.items()}, devices, capacities and tuple(capacities.items()))
         return plan, fits(plan), {layer: int(overflow(p)) for layer, p in plan.items()}
 
 
@@ -197,7 +203,9 @@ def test_a_damaged_request_is_counted(monkeypatch):
         return {layer: x.at[0].set(10**6) if layer == "2" else x for layer, x in arrived.items()}
 
     monkeypatch.setattr(routing, "_exchange", damaging)
+    planned.clear_cache()
     plan, _, _ = make_plan(id_batches()["uniform"])
+    planned.clear_cache()
     from_first = np.asarray(plan["2"].routes.arrived_S).reshape(8, 8)[:, 0]  # what device 0 asked of each owner
     hit = int((from_first > 0).sum())
     assert hit > 4

@@ -33,20 +33,26 @@ def test_shapes_and_rows_of_the_configured_count(key):
         primes = store.constants.head_rows(int(layer))
         assert state.tables[layer].rows.shape == (sum(primes), 4)
         assert len(primes) == 4
-    rows = store.fetch(state, store.plan(tokens()), 0)
+    rows = jax.jit(lambda state, ids: store.fetch(state, store.plan(ids), 0))(state, tokens())
     assert {layer: r.shape for layer, r in rows.items()} == {"0": (2, 12, 4, 4), "2": (2, 12, 4, 4)}
     assert rows["0"].dtype == jnp.float32
-    assert abs(float(jnp.std(state.tables["0"].rows)) - 0.5) < 0.05
-    assert not np.array_equal(state.tables["0"].rows[:20], state.tables["2"].rows[:20])
+    first, second = (np.asarray(state.tables[layer].rows) for layer in ("0", "2"))
+    assert abs(np.std(first) - 0.5) < 0.05
+    assert not np.array_equal(first[:20], second[:20])
 
 
 def test_update_writes_the_rows_of_the_batch_only_and_sums_repeats(key):
-    store = make_store()
-    state, batch = store.init(key), jnp.full((2, 12), 7, jnp.int32).at[0, :3].set(jnp.array([1, 2, 3]))
-    plan = store.plan(batch)
-    grads = {layer: jnp.ones((2, 12, 4, 4)) for layer in plan}
-    reduced = store.reduce(plan, grads)
-    new = store.update(store.init(key), plan, reduced, 0)
+    store, batch = make_store(), np.full((2, 12), 7, np.int32)
+    batch[0, :3] = 1, 2, 3
+
+    @jax.jit
+    def update(state, batch):
+        plan = store.plan(batch)
+        reduced = store.reduce(plan, {layer: jnp.ones((2, 12, 4, 4)) for layer in plan})
+        return plan, reduced, store.update(state, plan, reduced, 0)
+
+    state = store.init(key)
+    plan, reduced, new = update(state, batch)
     for layer, row_plan in plan.items():
         touched = np.unique(row_plan.ids_BTH)
         before, after = np.asarray(state.tables[layer].rows), np.asarray(new.tables[layer].rows)
@@ -58,15 +64,17 @@ def test_update_writes_the_rows_of_the_batch_only_and_sums_repeats(key):
 
 
 def test_segment_ids_change_only_the_first_positions_of_a_document():
+    def read(store, *arrays):
+        return np.asarray(jax.jit(lambda *arrays: store.plan(*arrays)["0"].ids_BTH)(*arrays))
+
     store, ids = make_store(), tokens()
-    segments = jnp.where(jnp.arange(12) < 5, 1, 2)[None].repeat(2, 0)
-    whole, cut = store.plan(ids)["0"].ids_BTH, store.plan(ids, segments)["0"].ids_BTH
-    differs = np.any(np.asarray(whole != cut), axis=(0, 2))
+    segments = np.repeat(np.where(np.arange(12) < 5, 1, 2)[None], 2, axis=0)
+    whole, cut = read(store, ids), read(store, ids, segments)
+    differs = np.any(whole != cut, axis=(0, 2))
     np.testing.assert_array_equal(np.flatnonzero(differs), [5, 6])
-    alone = store.plan(ids[:, 5:])["0"].ids_BTH
-    np.testing.assert_array_equal(cut[:, 5:], alone)
+    np.testing.assert_array_equal(cut[:, 5:], read(store, ids[:, 5:]))
     crossing = make_store(config=EngramConfig(**{**CONFIG.__dict__, "engram_cross_documents": True}))
-    np.testing.assert_array_equal(crossing.plan(ids, segments)["0"].ids_BTH, whole)
+    np.testing.assert_array_equal(read(crossing, ids, segments), whole)
 
 
 def readout(rows, target):
@@ -100,8 +108,13 @@ def test_losses_and_tables_equal_dense_adam_over_100_steps(key):
 
 def test_zero_gradients_of_an_all_padding_batch_leave_a_new_table_as_it_was(key):
     store = make_store()
-    plan = store.plan(jnp.full((2, 12), 2, jnp.int32), jnp.zeros((2, 12), jnp.int32))
-    new = store.update(store.init(key), plan, store.reduce(plan, {k: jnp.zeros((2, 12, 4, 4)) for k in plan}), 0)
+
+    @jax.jit
+    def update(state, ids, segments):
+        plan = store.plan(ids, segments)
+        return store.update(state, plan, store.reduce(plan, {k: jnp.zeros((2, 12, 4, 4)) for k in plan}), 0)
+
+    new = update(store.init(key), np.full((2, 12), 2, np.int32), np.zeros((2, 12), np.int32))
     jax.tree.map(np.testing.assert_array_equal, store.materialize(new, 1), store.materialize(store.init(key), 0))
 
 

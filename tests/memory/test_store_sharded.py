@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from seeds import rng_of
 
 from engram_jax.config import ConfigError, EngramConfig, OptimizerConfig
 from engram_jax.memory import routing
@@ -49,22 +50,18 @@ def put(x, spec=SHARDED):
 # --- every mesh does what one device does ---
 
 
-@functools.cache
-def batches(kind):
-    """Tokens and segment ids, int32 [K, B, T] each, never the same twice: a failure prints the seed."""
-    seed = np.random.SeedSequence().entropy
-    print(f"{kind}: seed {seed}")
-    rng = np.random.default_rng(seed)
-    segments = np.where(np.arange(T) < T // 3, 1, 2) * np.ones((K, B, 1), np.int64)
-    if kind == "uniform":
-        tokens = rng.integers(0, V, (K, B, T))
-    elif kind == "zipf":
-        tokens = np.minimum(rng.zipf(1.3, (K, B, T)), V - 1)
-    elif kind == "all equal":
-        tokens = np.broadcast_to(rng.integers(0, V, (K, 1, 1)), (K, B, T))
-    else:
-        tokens, segments = np.full((K, B, T), PAD), np.zeros((K, B, T))
-    return tokens.astype(np.int32), segments.astype(np.int32)
+@pytest.fixture(scope="module")
+def batches(request):
+    """{kind: tokens and segment ids}, int32 [K, B, T] each."""
+    rng, shape = rng_of(request), (K, B, T)
+    segments = (np.where(np.arange(T) < T // 3, 1, 2) * np.ones((K, B, 1))).astype(np.int32)
+    tokens = {
+        "uniform": rng.integers(0, V, shape),
+        "zipf": np.minimum(rng.zipf(1.3, shape), V - 1),
+        "all equal": np.broadcast_to(rng.integers(0, V, (K, 1, 1)), shape),
+    }
+    made = {kind: (ids.astype(np.int32), segments) for kind, ids in tokens.items()}
+    return made | {"padding": (np.full(shape, PAD, np.int32), np.zeros(shape, np.int32))}
 
 
 def summable(grad, exactly):
@@ -107,23 +104,29 @@ def logical(store, state):
     }
 
 
-@functools.cache
-def run(mesh, optimizer, kind, row_dtype="float32", exactly=False):
-    store, state, steps = program(mesh, optimizer, row_dtype)
-    with on_mesh(mesh):
-        tokens, segments = (put(x, jax.P(None, *lookups(2))) for x in batches(kind))
-        state, (rows, lists, grads) = jax.device_get(steps(state, tokens, segments, exactly))
-    dense = {}
-    for layer, layout in store.layouts.items():
-        local_KU = lists[layer].reshape(K, layout.shards, -1)
-        place_KU = (local_KU + layout.rows_per_shard * np.arange(layout.shards)[:, None]).reshape(K, -1)
-        real_KU = (local_KU < layout.rows_per_shard).reshape(K, -1)
-        placed_KRD = np.zeros((K, layout.shards * layout.rows_per_shard, D), np.float32)
-        for k in range(K):
-            placed_KRD[k, place_KU[k, real_KU[k]]] = grads[layer][k, real_KU[k]]
-            assert not grads[layer][k, ~real_KU[k]].any()
-        dense[layer] = placed_KRD[:, layout.logical_order()]
-    return SimpleNamespace(rows=rows, grads=dense, tables=logical(store, state), used=state.rows_used)
+@pytest.fixture(scope="module")
+def run(batches):
+    """`run(mesh, optimizer, kind)`: what K steps read, added up and left, in logical order."""
+
+    @functools.cache
+    def run(mesh, optimizer, kind, row_dtype="float32", exactly=False):
+        store, state, steps = program(mesh, optimizer, row_dtype)
+        with on_mesh(mesh):
+            tokens, segments = (put(x, jax.P(None, *lookups(2))) for x in batches[kind])
+            state, (rows, lists, grads) = jax.device_get(steps(state, tokens, segments, exactly))
+        dense = {}
+        for layer, layout in store.layouts.items():
+            local_KU = lists[layer].reshape(K, layout.shards, -1)
+            place_KU = (local_KU + layout.rows_per_shard * np.arange(layout.shards)[:, None]).reshape(K, -1)
+            real_KU = (local_KU < layout.rows_per_shard).reshape(K, -1)
+            placed_KRD = np.zeros((K, layout.shards * layout.rows_per_shard, D), np.float32)
+            for k in range(K):
+                placed_KRD[k, place_KU[k, real_KU[k]]] = grads[layer][k, real_KU[k]]
+                assert not grads[layer][k, ~real_KU[k]].any()
+            dense[layer] = placed_KRD[:, layout.logical_order()]
+        return SimpleNamespace(rows=rows, grads=dense, tables=logical(store, state), used=state.rows_used)
+
+    return run
 
 
 def close(ours, theirs):
@@ -150,14 +153,14 @@ def cases(*optimizers):
 
 
 @cases(*ROW_OPTIMIZERS)
-def test_twenty_steps_are_those_of_one_device(optimizer, mesh):
+def test_twenty_steps_are_those_of_one_device(run, optimizer, mesh):
     """Gradients of repeated rows are added up in another order there, and the difference is fed back for 20 steps."""
     for kind in KINDS:
         compare(run(mesh, optimizer, kind), run(None, optimizer, kind), close)
 
 
 @cases(*(optimizer for optimizer in ROW_OPTIMIZERS if optimizer != "sinkhorn"))
-def test_where_sums_are_exact_every_bit_is_that_of_one_device(optimizer, mesh):
+def test_where_sums_are_exact_every_bit_is_that_of_one_device(run, optimizer, mesh):
     """Not under Sinkhorn, whose sums over the whole table are taken shard by shard."""
     for kind in KINDS:
         mine, one = run(mesh, optimizer, kind, exactly=True), run(None, optimizer, kind, exactly=True)
@@ -174,7 +177,7 @@ def test_where_sums_are_exact_every_bit_is_that_of_one_device(optimizer, mesh):
         pytest.param("dense_adam", (2, 4), marks=pytest.mark.slow),
     ],
 )
-def test_bfloat16_rows_are_rounded_by_the_same_noise_on_every_mesh(optimizer, mesh):
+def test_bfloat16_rows_are_rounded_by_the_same_noise_on_every_mesh(run, optimizer, mesh):
     """Other noise would change rows by 2^-8 of their size."""
     for kind in KINDS:
         mine, one = (run(on, optimizer, kind, "bfloat16", exactly=True) for on in (mesh, None))
@@ -183,7 +186,7 @@ def test_bfloat16_rows_are_rounded_by_the_same_noise_on_every_mesh(optimizer, me
     assert not np.array_equal(mine.rows["0"], run(None, optimizer, kind, exactly=True).rows["0"])
 
 
-def test_the_batches_move_the_rows_they_should():
+def test_the_batches_move_the_rows_they_should(run):
     """What the comparisons are worth: many rows move; those that nobody reads and those of padding stay."""
     store, state, _ = program(None, "catch_up_adam", "float32")
     before = logical(store, state)
@@ -218,7 +221,7 @@ def test_new_tables_are_the_same_bits_on_every_mesh(row_dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", [(2, 4), (1, 1)], ids=str)
-def test_rows_read_early_and_patched_are_the_rows_read_late(mesh):
+def test_rows_read_early_and_patched_are_the_rows_read_late(batches, mesh):
     store, state, _ = program(mesh, "catch_up_adam", "float32")
 
     @jax.jit
@@ -231,7 +234,7 @@ def test_rows_read_early_and_patched_are_the_rows_read_late(mesh):
 
     with on_mesh(mesh):
         for kind in ("uniform", "zipf"):
-            early, patched, late = jax.device_get(both(state, *(put(x, lookups(2)) for x in batches(kind)[0][:2])))
+            early, patched, late = jax.device_get(both(state, *(put(x, lookups(2)) for x in batches[kind][0][:2])))
             jax.tree.map(np.testing.assert_array_equal, patched, late)
             assert (early["0"].rows != late["0"].rows).any()
 

@@ -37,7 +37,7 @@ def small_rounds(monkeypatch):
     monkeypatch.setattr(tiered, "ROUND_ROWS", 5)
 
 
-@pytest.fixture(params=[(1, 1), (4, 2)], ids=["1 device", "8 devices"])
+@pytest.fixture(params=[pytest.param((1, 1), marks=pytest.mark.slow), (4, 2)], ids=["1 device", "8 devices"])
 def mesh(request):
     data, fsdp = request.param
     mesh = make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
@@ -303,7 +303,7 @@ def test_trains_as_a_table_on_the_device_does(mesh, reads_ahead):
 
 def test_checkpoints_go_from_any_placement_to_any(mesh, tmp_path, monkeypatch):
     monkeypatch.setattr(table_files, "CHUNK_BYTES", 1000)  # several chunks
-    store, state, _, plan = train(mesh, "tiered", False)
+    store, state, _, plan = train(mesh, "tiered", True)
     tables, first = state.tables, everything(store, state.tables)
     for hop, name in enumerate(["device", "host", "tiered", "device"]):
         save_tables(tmp_path / str(hop), store, mesh, tables)

@@ -9,6 +9,8 @@ import time
 from operator import attrgetter
 from pathlib import Path
 
+import jax
+
 from engram_jax.commands.command_line import field_paths
 from engram_jax.training.metrics import read_metrics
 from experiments.runs.registry import build
@@ -27,7 +29,7 @@ def numbers(folder):
 class Command:
     """The run of a config as its command line: a process of its own, one device, the programs that users run."""
 
-    def __init__(self, config, run_dir, compiled):
+    def __init__(self, config, run_dir):
         base = build(config.name)
         self.arguments = ["--run_dir", str(run_dir)]
         for path in field_paths(config):
@@ -35,7 +37,8 @@ class Command:
             if value != attrgetter(path)(base):
                 self.arguments += [f"--{path}", *map(str, value if isinstance(value, tuple) else (value,))]
         self.name, self.folder = config.name, run_dir
-        settings = {"JAX_COMPILATION_CACHE_DIR": compiled, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
+        programs = jax.config.values["jax_compilation_cache_dir"]
+        settings = {"JAX_COMPILATION_CACHE_DIR": programs, "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
         self.environment = os.environ | settings
 
     def start(self):
@@ -65,8 +68,8 @@ from experiments.run import main
 sys.exit(main(sys.argv[1:]))
 """
 
-    def __init__(self, config, run_dir, compiled, count, devices):
-        super().__init__(config, run_dir, compiled)
+    def __init__(self, config, run_dir, count, devices):
+        super().__init__(config, run_dir)
         self.count = count
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
         self.environment |= {"XLA_FLAGS": flags}

@@ -1,10 +1,6 @@
-"""A tiny run: a folder of made-up text, a tokenizer of 300 tokens, a two-block MoE model with memory.
-
-Compiling is nearly all the time these tests take, so equal programs are compiled once.
-"""
+"""A tiny run: a folder of made-up text, a tokenizer of 300 tokens, a two-block MoE model with memory."""
 
 import gc
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from engram_jax.config import (
     AttentionConfig,
@@ -28,17 +23,6 @@ from engram_jax.config import (
 from engram_jax.data.tokenizer import train_tokenizer
 from engram_jax.runs.state import TrainState
 from engram_jax.training.loop import TrainResult, train
-
-
-@pytest.fixture(scope="package", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """Their folder, for subprocesses to share."""
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("compiled"))
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()  # jax looks for the folder once, and other tests may have compiled before
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +116,7 @@ class Finished:
 
 
 @pytest.fixture(scope="package")
-def straight(config, compiled_programs, tmp_path_factory):
+def straight(config, tmp_path_factory):
     """The run of `config`, undisturbed, on all devices."""
     folder, lines = tmp_path_factory.mktemp("straight"), []
     result = train(config, folder, lines.append)

@@ -14,11 +14,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def command(config, compiled_programs):
+def command(config):
     """`command(run_dir, processes, devices of each, **changes)`"""
 
     def build(run_dir, count, devices, **changes):
-        return Together(replace(config, memory__monitor_every=5, **changes), run_dir, compiled_programs, count, devices)
+        return Together(replace(config, memory__monitor_every=5, **changes), run_dir, count, devices)
 
     return build
 

@@ -118,8 +118,8 @@ def test_a_run_moves_to_another_mesh(config, straight, cut_off, other):
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_the_command_line(config, compiled_programs, tmp_path):
-    undisturbed, stopped = (Command(config, tmp_path / name, compiled_programs) for name in ("undisturbed", "stopped"))
+def test_ctrl_c_on_the_command_line(config, tmp_path):
+    undisturbed, stopped = (Command(config, tmp_path / name) for name in ("undisturbed", "stopped"))
     undisturbed.finish()
     process = stopped.start()
     for line in process.stdout:
@@ -140,10 +140,10 @@ def is_half_written(folder):
 
 
 @pytest.mark.slow
-def test_kill_9_again_and_again(config, compiled_programs, tmp_path, rng):
+def test_kill_9_again_and_again(config, tmp_path, rng):
     """At random moments, and every other time in the middle of a checkpoint, until the run is done."""
     config = replace(config, train__steps=40, checkpoint__every=1)
-    undisturbed, killed = (Command(config, tmp_path / name, compiled_programs) for name in ("undisturbed", "killed"))
+    undisturbed, killed = (Command(config, tmp_path / name) for name in ("undisturbed", "killed"))
     undisturbed.finish()
     half_written = 0
     for attempt in range(6):

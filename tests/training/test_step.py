@@ -39,6 +39,11 @@ SMOOTH = {
 }
 
 
+@jax.jit
+def copied(state):
+    return jax.tree.map(jnp.copy, state)
+
+
 @dataclass(frozen=True)
 class Trainer:
     """A compiled training step and the state it starts from."""
@@ -59,7 +64,7 @@ class Trainer:
             return jax.device_get(state), history
 
     def start(self):
-        return jax.tree.map(jnp.copy, self.initial)  # because a step takes its state away
+        return copied(self.initial)  # because a step takes its state away
 
     def on_devices(self, batch):
         return jax.device_put(batch, NamedSharding(self.parts.mesh, spec("batch", "seq")))
@@ -119,7 +124,7 @@ def test_only_the_rows_of_the_batch_are_written(trainer, make_batch, rng):
     before, after = jax.device_get(tiny.initial.memory.tables[LAYER]), state.memory.tables[LAYER]
     touched = np.zeros(len(before.rows), bool)
     for batch in batches:
-        plan = tiny.parts.store.plan(jnp.asarray(batch["tokens"]), jnp.asarray(batch["segment_ids"]))
+        plan = jax.jit(tiny.parts.store.plan)(batch["tokens"], batch["segment_ids"])
         touched[np.asarray(plan[LAYER].ids_BTH)] = True
     assert 0.1 < touched.mean() < 0.9
     assert (after.rows[touched] != before.rows[touched]).any(axis=1).all()
@@ -216,15 +221,16 @@ def test_the_balancing_bias_moves_by_its_speed(trainer, make_batch, rng):
     batch = make_batch(rng)
     state, _ = tiny.run([batch])
     with jax.set_mesh(tiny.parts.mesh):
-        start, batch = tiny.start(), tiny.on_devices(batch)
-        rows = tiny.parts.store.fetch(
-            start.memory, tiny.parts.store.plan(batch["tokens"], batch["segment_ids"]), start.step
-        )
-        model = tiny.parts.model(start.params, start.buffers)
-        _, stats = jax.jit(lambda rows: model.hidden(batch["tokens"], rows, batch["segment_ids"], batch["positions"]))(
-            rows
-        )
-        load_LE = np.asarray(stats["00-01"].load_E)
+        start, batch = tiny.initial, tiny.on_devices(batch)
+
+        @jax.jit
+        def loads(state, batch):
+            plan = tiny.parts.store.plan(batch["tokens"], batch["segment_ids"])
+            rows = tiny.parts.store.fetch(state.memory, plan, state.step)
+            model = tiny.parts.model(state.params, state.buffers)
+            return model.hidden(batch["tokens"], rows, batch["segment_ids"], batch["positions"])[1]["00-01"].load_E
+
+        load_LE = np.asarray(loads(start, batch))
     speed = np.float32(tiny.parts.config.model.moe.bias_update_speed)
     bias_LE = state.buffers["blocks"]["00-01"]["ffn"]["balance_bias"]
     np.testing.assert_array_equal(bias_LE, np.where(load_LE > 0.25, -speed, np.where(load_LE < 0.25, speed, 0)))

@@ -10,7 +10,7 @@ from engram_jax.evaluation.ruler.words import Texts, different, letters
 
 NUM_COMMON = 10
 SHORT = 4096
-"""Below this length RULER lets words occur less often, so that enough different ones fit."""
+"""Below this length in tokens, RULER lets words occur less often, so that enough different words fit."""
 ZIPF_ALPHA = 2.0
 CODED_LETTERS = 6
 TOKENS_PER_CODED_WORD = 50
@@ -21,8 +21,8 @@ DOTS = "..."
 def common_words(rng: Random, size: int, length: int, texts: Texts) -> Draft:
     """Common words extraction: a numbered list in which ten words occur 30 times each and all others 3 times.
 
-    Lists shorter than 4,096 tokens: 6 times and once. One worked example stands before the question: 40 different
-    words, 10 and 3 times (short: 20 words, 3 times and once). `size`: different words of the list.
+    Below 4,096 tokens they occur 6 times and once. A worked example stands before the question: 40 different words, 10
+    and 3 times (short: 20 words, 3 times and once). `size`: different words of the list.
     """
     is_short = length < SHORT
     shown = _word_list(rng, texts, *((20, 3, 1) if is_short else (40, 10, 3)))
@@ -53,8 +53,8 @@ def _numbered(words) -> str:
 def frequent_words(rng: Random, size: int, length: int, texts: Texts) -> Draft:
     """Frequent words extraction: made-up words whose frequencies follow a Zipf law of exponent 2.
 
-    Rank 1 is dots, which count as noise; asked for are ranks 2 to 4. `size`: words of the text, if none were rounded
-    off. The word of rank k occurs floor(size * k^-2 / zeta(2)) times.
+    Rank 1 is dots, which count as noise. The question asks for ranks 2 to 4. The word of rank k occurs
+    floor(size * k^-2 / zeta(2)) times. `size`: words of the text, before rounding down.
     """
     from scipy.special import zeta  # here, because it takes a while
 

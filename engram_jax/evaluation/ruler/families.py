@@ -13,7 +13,7 @@ GROUPS = tuple(dict.fromkeys(family.group for family in FAMILIES.values()))
 
 
 def chosen(names: Sequence[str]) -> list[Family]:
-    """The families of these names or groups (`niah_single`), in the usual order; all of them without names.
+    """The families with these names or groups (`niah_single`), in the usual order; all families without names.
 
     Raises:
       ConfigError: no such family; names the nearest one.

@@ -1,4 +1,4 @@
-"""Items in files, in the form of RULER's own: one JSON object a line with index, input, outputs, length.
+"""RULER's files of items: one JSON object a line, with index, input, outputs and length.
 
 RULER's scripts write DATA/FAMILY/validation.jsonl, and add `pred`, the prediction, for their own scoring script.
 """
@@ -37,7 +37,7 @@ def read_items(folder: Path, family: Family, tokenizer: Tokenizer, limit: int) -
             length = 1 + len(tokenizer.encode(text + prefix)) + budget
             items.append(Item(values.get("index", number - 1), text, prefix, outputs, length, budget))
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"ruler.data: {path}, line {number} is not an item of RULER's: {error!r}.") from error
+            raise ConfigError(f"ruler.data: {path}, line {number} is not a RULER item: {error!r}.") from error
     require(bool(items), f"ruler.data: {path} is empty.")
     return items
 

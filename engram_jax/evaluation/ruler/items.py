@@ -1,9 +1,9 @@
-"""A RULER item, and how its haystack is grown until the item has the length asked for.
+"""RULER items: a text and a question, made as long as the evaluation asks.
 
-RULER (Hsieh et al. 2024, arXiv 2404.06654; github.com/NVIDIA/RULER) asks for answers that stand in a long text made
-for the purpose. Families, their settings, answer budgets and scores here are the published ones. The wording of the
-instructions, the word lists and the haystacks are not: they are made here, so scores compare between runs evaluated
-here. For scores to put next to published ones, give `ruler.data` the files that RULER's own scripts wrote.
+RULER (Hsieh et al. 2024, arXiv 2404.06654; github.com/NVIDIA/RULER) asks for answers that stand in a long text, the
+haystack. Families, their settings, answer budgets and scores here are the published ones. The wording of the
+instructions, the word lists and the haystacks are made here, so scores compare only with scores of this package. For
+scores that compare with published ones, give `ruler.data` the files that RULER's own scripts wrote.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from engram_jax.data.tokenizer import Tokenizer
 from engram_jax.evaluation.ruler.words import Texts
 
 SLACK = 0.01
-"""The haystack is no longer grown once the item is within this share of the length asked for."""
+"""The haystack stops growing when the item is within this share of the wanted length."""
 REDRAWS = 20
-"""How often an item that does not fit at its smallest is drawn again."""
+"""How often an item is drawn again if its smallest form does not fit."""
 
 
 class DoesNotFitError(ConfigError):
-    """The family has no item this short; `least` is how many tokens one needs."""
+    """A family has no item this short. `least`: the tokens that its shortest item needs."""
 
     def __init__(self, family: str, length: int, least: int):
         super().__init__(f"ruler: {family} needs about {least:,} tokens with this tokenizer, not {length:,}.")
@@ -39,7 +39,7 @@ class Draft(NamedTuple):
     answer_prefix: str
     """How the answer begins; the model goes on from there."""
     outputs: tuple[str, ...]
-    """The right answers: all of them are wanted, or any of them (`Family.match`)."""
+    """The right answers. `Family.match` says whether all of them are wanted or any one."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Item:
     answer_prefix: str
     outputs: tuple[str, ...]
     length: int
-    """bos + input + answer prefix + budget."""
+    """Tokens of bos, input, answer prefix and answer budget."""
     tokens_to_generate: int
-    """The answer budget."""
+    """Tokens that the answer may have."""
 
     @property
     def prompt(self) -> str:
@@ -66,26 +66,26 @@ class Family:
 
     name: str
     group: str
-    """What the tables of papers call it: RULER's 13 tasks are reported in 8 groups."""
+    """Its name in tables of papers, which report RULER's 13 tasks in 8 groups."""
     tokens_to_generate: int
-    """RULER's answer budget. An item gets more only where the run's tokenizer needs more for the right answer."""
+    """RULER's answer budget. An item gets more if the run's tokenizer needs more for the right answer."""
     build: Callable[[Random, int, int, Texts], Draft]
-    """(random numbers, haystack size in the family's units, length in tokens, texts) -> item."""
+    """Makes an item from random numbers, a haystack size in the family's units, a length in tokens, and texts."""
     match: str = "all"
-    """`all` (share of the answers found) or `part` (1 if any is): see scoring.py."""
+    """The score (scoring.py): `all`, the share of the answers found, or `part`, 100 if any answer is found."""
     smallest: int = 1
-    """The least haystack size that makes sense."""
+    """Smallest haystack size at which the question makes sense."""
     largest: Callable[[Texts], int | None] = lambda texts: None
-    """The size at which the texts are used up; None: never."""
+    """Haystack size at which the texts are used up; None: never."""
     settings: dict[str, object] = field(default_factory=dict)
     """The published numbers, for the results file."""
 
 
 def make_items(family: Family, tokenizer: Tokenizer, length: int, count: int, seed: int, texts: Texts) -> list[Item]:
-    """Items of at most `length` tokens, answer budget included. Item i depends on the other arguments and i alone.
+    """Items of at most `length` tokens, answer budget included. Item i depends only on i and the other arguments.
 
     Raises:
-      DoesNotFitError: none is that short.
+      DoesNotFitError: the family has no item that short.
     """
     return [_make_item(family, tokenizer, length, index, seed, texts) for index in range(count)]
 
@@ -109,16 +109,15 @@ def _make_item(family: Family, tokenizer: Tokenizer, length: int, index: int, se
 
 
 def answer_budget(family: Family, tokenizer: Tokenizer, outputs: tuple[str, ...]) -> int:
-    """RULER's budget, or what the right answer needs if that is more."""
+    """Tokens for the answer: RULER's number, or the number that the right answer needs, if that is more."""
     wanted = [", ".join(outputs)] if family.match == "all" else outputs
     return max(family.tokens_to_generate, *(len(tokenizer.encode(" " + answer)) for answer in wanted))
 
 
 def largest_that_fits(item_of: Callable[[int], Item], length: int, smallest: int, largest: int | None) -> Item:
-    """The item of the largest size found by binary search whose length is at most `length`.
+    """The item of the largest size with at most `length` tokens, by binary search; the smallest item if none fits.
 
-    Lengths need not grow with every step of the size: the item returned was itself measured. If even the smallest is
-    too long, that one is returned.
+    The length may not grow with every step of the size, so the returned item was itself measured.
     """
     best = item_of(smallest)
     low, high = smallest, None if largest is None else largest + 1

@@ -24,14 +24,14 @@ class Needles:
     keys: Kind
     values: Kind
     num_keys: int = 1
-    """Keys hidden; those not asked for distract."""
+    """Hidden keys. Keys that the question does not ask for are distractors."""
     num_values: int = 1
     """Values of each key."""
     num_queries: int = 1
-    """Keys asked for."""
+    """Keys that the question asks for."""
 
     def build(self, rng: Random, size: int, length: int, texts: Texts) -> Draft:
-        """`size`: lines of noise, words of text, or needles that distract."""
+        """An item. `size`: lines of noise, words of text, or distracting needles."""
         keys = different(lambda: draw(rng, self.keys, texts), self.num_keys)
         values = different(lambda: draw(rng, self.values, texts), self.num_keys * self.num_values)
         values_of = {key: values[i * self.num_values : (i + 1) * self.num_values] for i, key in enumerate(keys)}
@@ -80,21 +80,21 @@ def draw(rng: Random, kind: Kind, texts: Texts) -> str:
 
 
 def at_depths(rng: Random, sentences: list[str], needles: list[str]) -> list[str]:
-    """Needles between sentences, each at another of the 40 depths from beginning to end."""
+    """Sentences with the needles between them, each at its own of the 40 depths from beginning to end."""
     depths = sorted(rng.sample(range(DEPTHS), len(needles)))
     places = [len(sentences) * depth // (DEPTHS - 1) for depth in depths]
     return inserted(sentences, needles, places)
 
 
 def at_random(rng: Random, lines: list[str], needles: list[str]) -> list[str]:
-    """Needles between lines, at random places, in their order."""
+    """Lines with the needles between them, at random places, in their order."""
     gaps = range(len(lines) + 1)
     places = rng.sample(gaps, len(needles)) if len(needles) <= len(gaps) else rng.choices(gaps, k=len(needles))
     return inserted(lines, needles, sorted(places))
 
 
 def inserted(lines: list[str], needles: list[str], places: list[int]) -> list[str]:
-    """Needle i before line `places[i]`; places ascend."""
+    """Lines with needle i before line `places[i]`; places ascend."""
     result, start = [], 0
     for needle, place in zip(needles, places, strict=True):
         result += [*lines[start:place], needle]

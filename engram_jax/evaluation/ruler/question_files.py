@@ -1,4 +1,4 @@
-"""Question sets on disk: SQuAD's and HotpotQA's JSON, which RULER's question answering is made of."""
+"""Readers of SQuAD's and HotpotQA's JSON, the question sets of RULER's question answering."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Question(NamedTuple):
     answers: tuple[str, ...]
     """Any of them is right."""
     documents: tuple[int, ...]
-    """Where the answer stands: indices into `QuestionSet.documents`."""
+    """Documents that hold the answer: indices into `QuestionSet.documents`."""
     related: tuple[int, ...] = ()
-    """Of the same article: the first to distract."""
+    """Other documents of the same article, which distract first."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def read_squad(path: str | Path) -> QuestionSet:
 
 
 def read_hotpot(path: str | Path) -> QuestionSet:
-    """HotpotQA (`hotpot_dev_distractor_v1.json`): every passage a question comes with counts as its document.
+    """HotpotQA (`hotpot_dev_distractor_v1.json`): all passages of a question count as its documents.
 
     Raises:
       ConfigError: unreadable, of another form, or without questions.
@@ -72,7 +72,7 @@ def read_hotpot(path: str | Path) -> QuestionSet:
 
 
 def _numbered(documents) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Different documents in order, and the index of each."""
+    """The different documents in order, and the index of each."""
     different = tuple(dict.fromkeys(documents))
     return different, {document: index for index, document in enumerate(different)}
 
@@ -84,5 +84,5 @@ def _read(path: str | Path, field: str, form: str, read) -> QuestionSet:
         raise ConfigError(f"{field}={str(path)!r}: cannot read it: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{field}={str(path)!r} is not {form}'s JSON: {error!r}.") from error
-    require(bool(questions.questions), f"{field}={str(path)!r} holds no question that has an answer.")
+    require(bool(questions.questions), f"{field}={str(path)!r} has no question with an answer.")
     return questions

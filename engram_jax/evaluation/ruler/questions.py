@@ -1,8 +1,8 @@
-"""Question answering: RULER's tasks qa_1 (SQuAD) and qa_2 (HotpotQA): the documents that answer among others.
+"""Question answering: RULER's tasks qa_1 (SQuAD) and qa_2 (HotpotQA), with the answer's documents among others.
 
-Without a file of questions they are made on the spot, from facts about invented people and towns, each fact in one
-document. qa_1 then asks for a fact of one document, qa_2 for one that takes two. Those are easier to score well on than
-SQuAD and HotpotQA (every answer is a literal copy, and nothing can be known beforehand): not comparable with them.
+Without a file of questions, the questions are made from facts about invented people and towns, each fact in one
+document. qa_1 asks for a fact of one document, qa_2 for a fact that needs two. They are easier than SQuAD and HotpotQA,
+since every answer is a literal copy; the scores do not compare.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TRADES = ("baker", "carpenter", "doctor", "farmer", "painter", "sailor", "tailor
 
 
 def one_document(rng: Random, size: int, length: int, texts: Texts) -> Draft:
-    """`size`: documents that distract."""
+    """A question about one document. `size`: distracting documents."""
     if texts.squad:
         return from_set(rng, size, texts.squad)
     town, person, others = invented(rng, size)
@@ -33,7 +33,7 @@ def one_document(rng: Random, size: int, length: int, texts: Texts) -> Draft:
 
 
 def two_documents(rng: Random, size: int, length: int, texts: Texts) -> Draft:
-    """`size`: documents that distract."""
+    """A question that needs two documents. `size`: distracting documents."""
     if texts.hotpot:
         return from_set(rng, size, texts.hotpot)
     town, person, others = invented(rng, size)
@@ -47,7 +47,7 @@ def two_documents(rng: Random, size: int, length: int, texts: Texts) -> Draft:
 
 
 def from_set(rng: Random, size: int, questions: QuestionSet) -> Draft:
-    """Distracting documents are those of the same article first, then any, as in RULER."""
+    """A question of the set. Documents of the same article distract first, then any document, as in RULER."""
     chosen = rng.choice(questions.questions)
     related = rng.sample(chosen.related, min(size, len(chosen.related)))
     taken = {*chosen.documents, *chosen.related}

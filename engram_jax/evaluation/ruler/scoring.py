@@ -9,18 +9,18 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 def cleaned(prediction: str) -> str:
-    """Stripped, control characters as line breaks, stripped again."""
+    """The prediction without white space around it, and with line breaks for control characters."""
     return CONTROL.sub("\n", prediction.strip()).strip()
 
 
 def string_match_all(prediction: str, outputs: Sequence[str]) -> float:
-    """Share of the answers that occur in the prediction, whatever their case."""
+    """Percent of the answers that occur in the prediction, in any case."""
     found = [answer.lower() in cleaned(prediction).lower() for answer in outputs]
     return 100 * sum(found) / len(found)
 
 
 def string_match_part(prediction: str, outputs: Sequence[str]) -> float:
-    """100 if any of the answers occurs in the prediction, whatever its case."""
+    """100 if one of the answers occurs in the prediction, in any case; else 0."""
     return 100.0 * any(answer.lower() in cleaned(prediction).lower() for answer in outputs)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engram_jax.evaluation.ruler.words import Texts
 
 SHOWN = 2
-"""Items of each family that the results file shows, with what the model wrote."""
+"""Items of each family that the results file shows, with the model's answers."""
 SHOWN_CHARACTERS = 400
 
 
@@ -39,21 +39,21 @@ class Ruler:
     """RULER (Hsieh et al. 2024): needles, variables, word counts and questions in text of any length."""
 
     lengths: tuple[int, ...] = ()
-    """In tokens, answer included. Empty: what the run was trained with (data.seq_len)."""
+    """Lengths of the items in tokens, answer included. Empty: the length the run was trained at (data.seq_len)."""
     families: tuple[str, ...] = ()
-    """Names (niah_single_1, vt) or groups (niah_single, qa). Empty: all 13. Also as --tasks ruler:vt,qa."""
+    """Families by name (niah_single_1, vt) or group (niah_single, qa). Empty: all 13. Also as --tasks ruler:vt,qa."""
     samples: int = 100
-    """Of each family at each length (RULER: 500)."""
+    """Items of each family at each length (RULER: 500)."""
     essays: str = ""
-    """Text for the haystacks, as data.corpus is given. Empty: --corpus, or what the run held out of its own corpus."""
+    """Text for the haystacks, as data.corpus is given. Empty: --corpus, or the documents that the run held out."""
     squad: str = ""
     """SQuAD's JSON (dev-v2.0.json) for qa_1. Empty: invented facts, which are easier."""
     hotpot: str = ""
     """HotpotQA's JSON (hotpot_dev_distractor_v1.json) for qa_2. Empty: invented facts, which are easier."""
     data: str = ""
-    """A folder of items that RULER's own scripts made (FAMILY/validation.jsonl), to use instead."""
+    """Folder of items that RULER's own scripts made (FAMILY/validation.jsonl), instead of items made here."""
     save: str = ""
-    """A folder for all items with the model's answers, as RUN/FAMILY@LENGTH.jsonl. Empty: not kept."""
+    """Folder for all items with the model's answers, as RUN/FAMILY@LENGTH.jsonl. Empty: they are not saved."""
 
     def __post_init__(self):
         require(self.samples > 0, f"ruler.samples={self.samples} must be positive.")
@@ -88,7 +88,7 @@ class Ruler:
     def _parts(
         self, model: EvaluatedRun, shared: Shared, families: Sequence[Family], count: int
     ) -> tuple[list[Part], dict[str, int]]:
-        """All items, and the least length of each family that does not fit (`cwe@512` -> 1029).
+        """All items, and for each family that does not fit, its shortest length (`cwe@512` -> 1029).
 
         Raises:
           ConfigError: no family fits.
@@ -112,8 +112,8 @@ class Ruler:
         if not parts:
             name, least = min(too_long.items(), key=lambda entry: entry[1])
             raise ConfigError(
-                f"ruler.lengths: too short for every family asked for; {name} would need {least:,} tokens with this "
-                "tokenizer, answer included. Ask for greater lengths."
+                f"ruler.lengths is too short for every family: {name} needs {least:,} tokens with this tokenizer, with "
+                "its answer. Give greater lengths."
             )
         for name, least in too_long.items():
             model.log(f"ruler: {name} is left out, because its items need about {least:,} tokens with this tokenizer.")
@@ -131,7 +131,7 @@ class Ruler:
 
 
 def answers(model: EvaluatedRun, items: Sequence[Item]) -> list[str]:
-    """What the model writes after each prompt, greedily, within the item's budget."""
+    """The model's greedy text after each prompt, up to the item's answer budget."""
     texts = [""] * len(items)
     for budget in sorted({item.tokens_to_generate for item in items}):
         indices = [i for i, item in enumerate(items) if item.tokens_to_generate == budget]
@@ -142,7 +142,7 @@ def answers(model: EvaluatedRun, items: Sequence[Item]) -> list[str]:
 
 
 def averages(scores: Mapping[str, Metric]) -> dict[str, Metric]:
-    """`niah_single@LENGTH` and so on for each group measured in full, and `ruler@LENGTH` for all 13 families."""
+    """Averages by group, such as `niah_single@LENGTH`, and `ruler@LENGTH` over all 13 families; whole groups only."""
     from engram_jax.evaluation.ruler.families import FAMILIES, GROUPS
 
     labels = dict.fromkeys(name.partition("@")[2] for name in scores)

@@ -1,7 +1,7 @@
 """Variable tracking: RULER's multi-hop task.
 
 A number is assigned to a variable and handed on from variable to variable, in the right order but scattered over
-noise. Asked for: every variable that holds the number. One worked example stands before the question, as in RULER.
+noise. The question asks for every variable that holds the number. As in RULER, a worked example stands before it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from engram_jax.evaluation.ruler.words import NOISE, Texts, different, letters
 CHAINS, HOPS = 1, 4
 NAME_LETTERS, EXAMPLE_LETTERS = 5, 3
 EXAMPLE_SHARE = 8
-"""The example's noise is an eighth of the question's, 15 lines at most (RULER: an example of up to 500 tokens)."""
+"""The example has 1/8 of the question's noise, but at most 15 lines (RULER: an example of up to 500 tokens)."""
 EXAMPLE_LINES = 15
 
 
 def build(rng: Random, size: int, length: int, texts: Texts, chains: int = CHAINS, hops: int = HOPS) -> Draft:
-    """`size`: lines of noise. The answers are the first chain's variables; further chains distract."""
+    """An item. `size`: lines of noise. The first chain's variables are the answers; further chains distract."""
     shown = question(rng, min(size // EXAMPLE_SHARE, EXAMPLE_LINES), EXAMPLE_LETTERS, chains, hops)
     asked = question(rng, size, NAME_LETTERS, chains, hops)
     example = f"{shown.input}{shown.answer_prefix} {' '.join(shown.outputs)}"

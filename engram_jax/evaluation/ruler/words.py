@@ -1,4 +1,4 @@
-"""What items are made of: sentences of real text, a list of words, random numbers and ids, noise."""
+"""Material for items: sentences of real text, a list of words, random numbers and ids, noise."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from engram_jax.config import require
 from engram_jax.evaluation.ruler.question_files import QuestionSet
 
 NOISE = "Rain falls on the hill. The river is wide. The lamp is lit. Off they go. Far out and home again."
-"""Five sentences that say nothing, over and over: the easiest haystack."""
+"""Five sentences without information, which are repeated: the easiest haystack."""
 LEAST_WORDS = 8_000
-"""RULER's word list (wonderwords) has about as many."""
+"""Fewest words in the list; RULER's word list (wonderwords) has about as many."""
 MAX_CHARACTERS = 4_000_000
-"""Of text read for haystacks: 128k tokens take about half a million."""
+"""Characters of text that are read for haystacks; 128k tokens take about half a million."""
 SENTENCE_END = re.compile(r"\n\s*\n|(?<=[.!?])\s+|(?<=[。！？])")  # noqa: RUF001  (no space follows the latter)
 WORD = re.compile(r"\b[a-z]{4,10}\b")
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The texts an evaluation makes its items of."""
+    """The texts from which an evaluation makes its items."""
 
     sentences: tuple[str, ...]
-    """Of the haystack, in order, without line breaks."""
+    """Sentences of the haystack, in order, without line breaks."""
     squad: QuestionSet | None = None
     hotpot: QuestionSet | None = None
 
     @classmethod
     def of(cls, documents: Iterable[str], **question_sets: QuestionSet | None) -> Texts:
-        """The first 4 million characters of the documents.
+        """Texts from the first 4 million characters of the documents.
 
         Raises:
           ConfigError: there is no text.
@@ -50,7 +50,7 @@ class Texts:
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """Different lower-case words of 4 to 10 letters: the haystack's own, and made-up ones if those are few."""
+        """Different lower-case words of 4 to 10 letters: the haystack's, and made-up words if there are few."""
         found = {word for sentence in self.sentences for word in WORD.findall(sentence)}
         rng = Random("words")
         while len(found) < LEAST_WORDS:
@@ -58,10 +58,10 @@ class Texts:
         return tuple(sorted(found))
 
     def passage(self, rng: Random, num_words: int) -> list[str]:
-        """Consecutive sentences of `num_words` words in all, from a random one on; the last may be cut short.
+        """Consecutive sentences with `num_words` words in all, from a random sentence on. The last one may be cut.
 
-        RULER takes its essays from the beginning for every item; here items see different text. Like RULER's, the text
-        starts again where it ends.
+        RULER's items all take the beginning of its essays; here items take different text. As in RULER, the text starts
+        again at its end.
         """
         chosen, start = [], rng.randrange(len(self.sentences))
         for sentence in itertools.islice(itertools.cycle(self.sentences), start, None):
@@ -78,12 +78,12 @@ def made_up_word(rng: Random, syllables: int = 3) -> str:
 
 
 def compound_key(rng: Random, texts: Texts) -> str:
-    """Two words, like RULER's adjective and noun."""
+    """Two words with a hyphen, like RULER's adjective and noun."""
     return "-".join(rng.sample(texts.words, 2))
 
 
 def number(rng: Random) -> str:
-    """Seven digits."""
+    """A number of seven digits."""
     return str(rng.randrange(10**6, 10**7))
 
 
