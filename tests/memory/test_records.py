@@ -30,7 +30,7 @@ def cases():
             yield pytest.param(dtype, width, marks=() if i == j % 3 else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("dtype", "width"), cases())
+@pytest.mark.parametrize(("dtype", "width"), list(cases()))
 def test_what_is_written_is_read_bit_for_bit(dtype, width, rng):
     like = jax.eval_shape(lambda: random_rows(rng, 1, width, dtype))
     batches = [random_rows(rng, 9, width, dtype) for _ in range(3)]
