@@ -44,6 +44,11 @@ def tokens(mesh, seed):
     return jax.device_put(ids, jax.NamedSharding(mesh, jax.P(MESH_AXES))) if mesh else jnp.asarray(ids)
 
 
+def in_fp8(rows):
+    codes, scale = quantize(jnp.asarray(rows.reshape(-1, 32)))
+    return np.asarray(dequantize(codes, scale)).reshape(rows.shape)
+
+
 @pytest.mark.parametrize(
     ("shape", "placement"),
     [
@@ -66,10 +71,13 @@ def test_a_frozen_store_reads_the_dequantised_rows(shape, placement):
         held = load(frozen_state, plan)
         read = jax.jit(frozen.rows)(held, plan, 5)
     for layer in store.layers:
-        rows = np.asarray(exact[layer])
-        codes, scale = quantize(jnp.asarray(rows.reshape(-1, 32)))
-        np.testing.assert_array_equal(read[layer], np.asarray(dequantize(codes, scale)).reshape(rows.shape))
-        assert np.abs(np.asarray(read[layer]) - rows).max() < np.abs(rows).max() / 16
+        rows, found = np.asarray(exact[layer]), np.asarray(read[layer])
+        # `freeze` and `fetch` are different programs, so rows that they catch up may differ in the last bit of float32.
+        # On a boundary between two FP8 numbers, either is right; everywhere else there is one.
+        near = [in_fp8(rows * np.float32(1 + step)) for step in (-(2.0**-21), 2.0**-21)]
+        assert np.all((found >= np.minimum(*near)) & (found <= np.maximum(*near)))
+        assert np.mean(near[0] == near[1]) > 0.999
+        assert np.abs(found - rows).max() < np.abs(rows).max() / 16
     assert frozen.num_bytes < 0.13 * store.num_bytes  # 33 + 4 bytes a row, against 128 + 256 + 8
 
 
